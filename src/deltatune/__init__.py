@@ -1,0 +1,76 @@
+"""Deltatune: adapt a pretrained model by training a few parameters, and know what each way costs and brings.
+
+The public names, each imported when it is first used, so that `import deltatune` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from deltatune.comparing.compare import Comparison, compare
+    from deltatune.comparing.experiment import Experiment, make_experiment, read_experiment
+    from deltatune.data import Split, TextData, load_data
+    from deltatune.errors import UserError
+    from deltatune.methods import METHODS, Full, Head, LoRA, make
+    from deltatune.models.adapters import load_adapter, read_adapter, save_adapter
+    from deltatune.models.attach import attach, attachment, disabled
+    from deltatune.models.base import Base, load
+    from deltatune.models.merge import fold, merge, unmerge
+    from deltatune.training.settings import Training
+    from deltatune.training.tune import Tuned, tune
+
+_HOMES = {
+    "deltatune.comparing.compare": ("Comparison", "compare"),
+    "deltatune.comparing.experiment": ("Experiment", "make_experiment", "read_experiment"),
+    "deltatune.data": ("Split", "TextData", "load_data"),
+    "deltatune.errors": ("UserError",),
+    "deltatune.methods": ("METHODS", "Full", "Head", "LoRA", "make"),
+    "deltatune.models.adapters": ("load_adapter", "read_adapter", "save_adapter"),
+    "deltatune.models.attach": ("attach", "attachment", "disabled"),
+    "deltatune.models.base": ("Base", "load"),
+    "deltatune.models.merge": ("fold", "merge", "unmerge"),
+    "deltatune.training.settings": ("Training",),
+    "deltatune.training.tune": ("Tuned", "tune"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "METHODS",
+    "Base",
+    "Comparison",
+    "Experiment",
+    "Full",
+    "Head",
+    "LoRA",
+    "Split",
+    "TextData",
+    "Training",
+    "Tuned",
+    "UserError",
+    "attach",
+    "attachment",
+    "compare",
+    "disabled",
+    "fold",
+    "load",
+    "load_adapter",
+    "load_data",
+    "make",
+    "make_experiment",
+    "merge",
+    "read_adapter",
+    "read_experiment",
+    "save_adapter",
+    "tune",
+    "unmerge",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'deltatune' has no attribute '{name}'")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

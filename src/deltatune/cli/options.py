@@ -1,0 +1,37 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Base = Annotated[str, typer.Option(help="Base model: minilm, a local folder, or a hub id with an optional @revision.")]
+Data = Annotated[str, typer.Option(help="Data: rotten-tomatoes, a CSV, TSV, JSONL, JSON or Parquet file, or a hub id.")]
+Text = Annotated[list[str] | None, typer.Option(help="Text column; give it twice for sentence pairs.")]
+Label = Annotated[str, typer.Option(help="Label column.")]
+TrainLimit = Annotated[int | None, typer.Option(help="Most training examples to use.")]
+Epochs = Annotated[float | None, typer.Option(help="Passes over the training split.")]
+LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate; left out, the method's own.")]
+Precision = Annotated[str | None, typer.Option(help="auto, fp32 or bf16; auto is bf16 where the machine has it.")]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option("--training", help="Any other training setting, such as warmup=0.1 or gradient_checkpointing=true."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+AdapterFolder = Annotated[Path, typer.Argument(help="Folder that `tune` or `compare` wrote, or that PEFT wrote.")]
+
+
+def data_choice(name: str, text: list[str] | None, label: str, train: int | None) -> dict[str, Any]:
+    """The `data` part of an experiment as flags give it; what was not given is left out."""
+    given = {"name": name, "text": text, "label": label, "train": train}
+    return {key: value for key, value in given.items() if value}
+
+
+def training(
+    epochs: float | None, learning_rate: float | None, precision: str | None, settings: list[str] | None
+) -> dict[str, Any]:
+    """The `training` part of an experiment as flags give it; what was not given is left out."""
+    from deltatune.methods import parse_option
+
+    named = {"epochs": epochs, "learning_rate": learning_rate, "precision": precision}
+    return {key: value for key, value in named.items() if value is not None} | dict(map(parse_option, settings or []))

@@ -1,0 +1,71 @@
+"""A progress bar on stderr that listens to a run: steps, loss, rate and the time left."""
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from deltatune.comparing.experiment import Cell
+from deltatune.comparing.results import CellResult, FailedCell
+from deltatune.training.events import Evaluated, Event, Finished, Started, Step
+
+
+class RunProgress:
+    """Shows one run after another; each leaves a line behind. Use it as a context manager.
+
+    Where stderr is no terminal only the finished runs' lines are printed.
+    """
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def watch(self, cell: Cell, news: Event | CellResult | FailedCell) -> None:
+        """Listens to a comparison: a bar for the cell that runs, a line for each that is over."""
+        name = f"{cell.method.label}, seed {cell.seed}"
+        match news:
+            case CellResult():
+                took = f"{news.train_seconds:.0f} s of training"
+                self._say(f"{name}: accuracy {news.accuracy:.1%} on test, {took}")
+            case FailedCell():
+                self._say(f"{name}: failed: {news.reason}")
+            case _:
+                self.show(name, news)
+
+    def show(self, name: str, event: Event) -> None:
+        """Shows an event of the run called `name`."""
+        match event:
+            case Started():
+                self._accuracy = ""
+                self._task = self._bar.add_task(name, total=event.steps, state="")
+            case Step():
+                speed = event.examples / event.seconds
+                state = f"loss {event.loss:.3f}  {speed:.0f} examples/s{self._accuracy}"
+                self._bar.update(self._task, completed=event.step, state=state)
+            case Evaluated():
+                self._accuracy = f"  validation {event.accuracy:.1%}"
+            case Finished():
+                self._bar.update(self._task, state="testing and saving")
+
+    def _say(self, words: str) -> None:
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self.console.print(words, soft_wrap=True, markup=False)

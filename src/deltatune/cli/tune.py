@@ -1,0 +1,61 @@
+"""`deltatune tune`: train one method and save what was trained."""
+
+from json import dumps
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deltatune.cli import options
+
+EXAMPLES = """
+**Examples**
+
+    deltatune tune --method lora --out my-adapter
+
+    deltatune tune --base ./my-bert --data reviews.csv --method lora --set rank=16 --epochs 3 --out my-adapter
+"""
+
+
+def command(
+    out: Annotated[Path, typer.Option(help="Folder for the adapter and the record of the run.")],
+    base: options.Base = "minilm",
+    data: options.Data = "rotten-tomatoes",
+    method: Annotated[str, typer.Option(help="Method; `deltatune methods` lists them.")] = "lora",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Option of the method, such as rank=8; several times.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides the head, the order of examples and the dropout.")] = 0,
+    text: options.Text = None,
+    label: options.Label = "",
+    train: options.TrainLimit = None,
+    epochs: options.Epochs = None,
+    learning_rate: options.LearningRate = None,
+    precision: options.Precision = None,
+    setting: options.Setting = None,
+    json: options.Json = False,
+) -> None:
+    """Trains one method on a base and saves the adapter, its settings, its events and its test scores in a folder."""
+    from deltatune.cli.progress import RunProgress
+    from deltatune.comparing.cell import ADAPTER, run_cell
+    from deltatune.comparing.experiment import make_experiment
+    from deltatune.comparing.table import records
+    from deltatune.methods import parse, parse_option
+
+    name, given = parse(method)
+    content = {
+        "base": base,
+        "data": options.data_choice(data, text, label, train),
+        "methods": [{"method": name, "options": given | dict(map(parse_option, set_ or []))}],
+        "seeds": [seed],
+        "training": options.training(epochs, learning_rate, precision, setting),
+    }
+    [cell] = make_experiment(content, "tune").cells()
+    with RunProgress() as progress:
+        result = run_cell(cell, out, lambda event: progress.show(cell.method.label, event))
+        progress.watch(cell, result)
+    if json:
+        print(dumps(records([result])[0], ensure_ascii=False, indent=2))
+    progress.console.print(
+        f"adapter: {out / ADAPTER}  ({result.adapter_bytes:,} bytes, {result.trainable:,} parameters)"
+    )

@@ -1,0 +1,1 @@
+"""Experiments, the runs they consist of, statistics and the report."""

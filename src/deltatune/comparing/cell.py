@@ -1,0 +1,126 @@
+"""One cell, run in this process: train, score on test, save.
+
+`python -m deltatune.comparing.cell FOLDER` runs one alone:
+
+FOLDER/spec.json      what to run (in)
+FOLDER/events.jsonl   what happened, line by line
+FOLDER/adapter/       what was trained
+FOLDER/result.json    what came out; there only when all is done
+FOLDER/failed.json    why it did not
+"""
+
+import sys
+import traceback
+from pathlib import Path
+
+from deltatune.comparing.experiment import Cell
+from deltatune.comparing.results import CellResult
+from deltatune.data import TextData, load_data
+from deltatune.data.tokens import tokenize
+from deltatune.errors import UserError
+from deltatune.files import read_json, write_json
+from deltatune.models.adapters import save_adapter
+from deltatune.models.attach import trainable_parameters
+from deltatune.models.base import load
+from deltatune.training.evaluation import evaluate
+from deltatune.training.events import Event, EventFile, Listener, Step
+from deltatune.training.memory import peak, resident
+from deltatune.training.tune import Tuned, ignore, tune
+
+SPEC, EVENTS, RESULT, FAILED, ADAPTER = "spec.json", "events.jsonl", "result.json", "failed.json", "adapter"
+
+
+def run_cell(cell: Cell, folder: Path, listen: Listener = ignore) -> CellResult:
+    """Trains and tests one cell and leaves its record in `folder`; `result.json` is written last."""
+    write_json(folder / SPEC, cell.model_dump(mode="json"))
+    data = read_data(cell)
+    baseline = resident()
+    base = load(cell.base, revision=cell.base_revision, labels=data.labels, seed=cell.seed)
+    steps: list[Step] = []
+
+    def note(event: Event) -> None:
+        file(event)
+        listen(event)
+        if isinstance(event, Step):
+            steps.append(event)
+
+    with EventFile(folder / EVENTS) as file:
+        tuned = tune(base, data, cell.method.make(), cell.training, seed=cell.seed, listen=note)
+    test = evaluate(base.model, tokenize(data.test, base.tokenizer, tuned.max_length), tuned.precision)
+    _save(tuned, data, cell, folder / ADAPTER)
+    last = steps[-max(1, len(steps) // 10) :]
+    result = CellResult(
+        label=cell.method.label,
+        method=cell.method.method,
+        options=cell.method.options,
+        seed=cell.seed,
+        accuracy=test.accuracy,
+        macro_f1=test.macro_f1,
+        test_loss=test.loss,
+        validation_accuracy=tuned.validation.accuracy,
+        validation_loss=tuned.validation.loss,
+        train_loss=sum(step.loss for step in last) / len(last),
+        test_labels=test.labels,
+        predictions=test.predictions,
+        steps=tuned.finished.steps,
+        train_seconds=tuned.finished.seconds,
+        examples_per_second=steps[-1].examples / tuned.finished.seconds,
+        tokens_per_second=steps[-1].tokens / tuned.finished.seconds,
+        peak_bytes=peak(),
+        baseline_bytes=baseline,
+        trainable=sum(p.numel() for p in trainable_parameters(base.model).values()),
+        total=sum(p.numel() for p in base.model.parameters()),
+        adapter_bytes=sum(file.stat().st_size for file in (folder / ADAPTER).iterdir()),
+        model_bytes=sum(t.nbytes for t in (*base.model.parameters(), *base.model.buffers())),
+        precision=tuned.precision,
+    )
+    write_json(folder / RESULT, result.model_dump(mode="json"))
+    return result
+
+
+def read_data(cell: Cell) -> TextData:
+    """The cell's data, cut to its limits; the same rows for every seed, so that seeds differ in training alone."""
+    choice = cell.data
+    data = load_data(choice.name, text=choice.text, label=choice.label)
+    if cell.data_revision not in ("", data.revision):
+        raise UserError(
+            f"the data '{choice.name}' changed since the comparison began", "start it again in a new folder with --out"
+        )
+    return data.limited(choice.train, choice.validation, choice.test, seed=0)
+
+
+def _save(tuned: Tuned, data: TextData, cell: Cell, folder: Path) -> None:
+    save_adapter(
+        tuned.base.model,
+        folder,
+        base=tuned.base.id,
+        revision=tuned.base.revision,
+        labels=list(data.labels),
+        data={**cell.data.model_dump(mode="json"), "revision": data.revision},
+        training=tuned.settings.model_dump(mode="json"),
+        max_length=tuned.max_length,
+        seed=cell.seed,
+    )
+
+
+def main(folder: Path) -> int:
+    """Runs the cell of `folder/spec.json`, telling its events on stdout; a failure is written to failed.json."""
+    (folder / FAILED).unlink(missing_ok=True)
+    cell = Cell.model_validate(read_json(folder / SPEC))
+    with EventFile(Path("/dev/stdout")) as tell:
+        try:
+            run_cell(cell, folder, tell)
+        except UserError as error:
+            write_json(folder / FAILED, {"reason": error.message, "hint": error.hint})
+            return 1
+        except Exception as error:
+            traceback.print_exc()
+            write_json(
+                folder / FAILED, {"reason": f"{type(error).__name__}: {error}", "hint": "this is a fault of ours"}
+            )
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

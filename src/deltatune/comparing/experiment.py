@@ -1,0 +1,203 @@
+"""An experiment: which methods, on which base and data, with which seeds and settings."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from deltatune.errors import UserError, nearest
+from deltatune.methods import Method, make, options_of, parse
+from deltatune.training.settings import Training
+
+_STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DataChoice(BaseModel):
+    """Which data, and how much of it. A plain name stands for the whole of it."""
+
+    model_config = _STRICT
+
+    name: str
+    """Embedded name, file, folder or hub id."""
+    text: tuple[str, ...] = ()
+    """Text column, or the two of a sentence pair; found by name where left out."""
+    label: str = ""
+    """Label column; found by name where left out."""
+    train: int | None = Field(None, ge=1)
+    """Most training examples to use."""
+    validation: int | None = Field(None, ge=1)
+    """Most validation examples to use."""
+    test: int | None = Field(None, ge=1)
+    """Most test examples to use."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class MethodChoice(BaseModel):
+    """A method with its hyperparameters. In a file: `lora`, `lora:rank=8`, or a mapping with these keys."""
+
+    model_config = _STRICT
+
+    method: str
+    options: dict[str, Any] = {}
+    label: str = ""
+    """What tables and plots call it; made from the name and the options where left out."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Its own peak learning rate, in place of the experiment's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _written_out(cls, value: Any) -> Any:
+        """Words become fields, and every hyperparameter that was left out gets its value."""
+        if isinstance(value, str):
+            name, options = parse(value)
+            value = {"method": name, "learning_rate": options.pop("learning_rate", None), "options": options}
+        if not (isinstance(value, Mapping) and isinstance(value.get("method"), str)):
+            return value
+        name, options = value["method"], value.get("options") or {}
+        label = value.get("label") or _label(name, options)
+        return {**value, "label": label, "options": options_of(make(name, options))}
+
+    def make(self) -> Method:
+        """The method itself."""
+        return make(self.method, self.options)
+
+
+class Cell(BaseModel):
+    """One run of an experiment, whole in itself: what spec.json holds."""
+
+    model_config = _STRICT
+
+    base: str
+    base_revision: str = ""
+    data: DataChoice
+    data_revision: str = ""
+    method: MethodChoice
+    training: Training
+    seed: int
+
+    @property
+    def id(self) -> str:
+        """Its folder's name: label, seed and a digest of everything that decides the result."""
+        spec = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        slug = re.sub(r"[^a-z0-9]+", "-", self.method.label.lower()).strip("-")[:40] or self.method.method
+        return f"{slug}-seed{self.seed}-{hashlib.sha256(spec.encode()).hexdigest()[:8]}"
+
+
+class Experiment(BaseModel):
+    """What `deltatune compare` runs: every method with every seed."""
+
+    model_config = _STRICT
+
+    base: str = "minilm"
+    """Embedded name, local folder in Transformers' layout, or hub id with an optional @revision."""
+    data: DataChoice = DataChoice(name="rotten-tomatoes")
+    """A name, or a mapping with columns and limits."""
+    methods: tuple[MethodChoice, ...] = Field(default_factory=lambda: _methods("full", "head", "lora"), min_length=1)
+    """Names, names with options (`lora:rank=4`), or mappings with a label or learning rate of their own."""
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    """Each method runs once with every seed."""
+    training: Training = Training()
+    """Settings that all methods share."""
+
+    @field_validator("methods")
+    @classmethod
+    def _told_apart(cls, methods: tuple[MethodChoice, ...]) -> tuple[MethodChoice, ...]:
+        labels = [choice.label for choice in methods]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise UserError(f"two methods are called '{label}'", "give one of them another label, or leave it out")
+        return methods
+
+    @field_validator("seeds")
+    @classmethod
+    def _once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(seeds))
+
+    def cells(self, base: str = "", base_revision: str = "", data_revision: str = "") -> list[Cell]:
+        """Every run, seed by seed, so that a comparison that is cut short has whole rounds."""
+        return [
+            Cell(
+                base=base or self.base,
+                base_revision=base_revision,
+                data=self.data,
+                data_revision=data_revision,
+                method=choice,
+                training=self._training(choice),
+                seed=seed,
+            )
+            for seed in self.seeds
+            for choice in self.methods
+        ]
+
+    def _training(self, choice: MethodChoice) -> Training:
+        rate = choice.learning_rate or self.training.learning_rate or choice.make().learning_rate
+        return self.training.model_copy(update={"learning_rate": rate})
+
+
+def read_experiment(path: Path | None, changes: Mapping[str, Any]) -> Experiment:
+    """The experiment of a file, or the default one, with `changes` in place of what it says.
+
+    In `data` and `training` single keys are changed. Raises `UserError` that names a wrong key or value.
+    """
+    content = _read_yaml(path) if path else {}
+    for key, value in changes.items():
+        old = content.get(key)
+        if isinstance(value, Mapping) and isinstance(old, str):
+            old = {"name": old}
+        content[key] = {**old, **value} if isinstance(value, Mapping) and isinstance(old, Mapping) else value
+    return make_experiment(content, str(path or "the experiment"))
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"could not read {path}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no experiment", "see the files in experiments/ for examples")
+    return content
+
+
+def make_experiment(content: Mapping[str, Any], source: str = "the experiment") -> Experiment:
+    """Checks what a file or a program says. Raises `UserError` that names the wrong key or value."""
+    content = {key: value for key, value in content.items() if key != "resolved"}  # as in a run's experiment.yaml
+    try:
+        return Experiment.model_validate(content)
+    except ValidationError as error:
+        raise _readable(error, source) from error
+
+
+def _readable(error: ValidationError, source: str) -> UserError:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        parts: dict[Any, type[BaseModel]] = {"data": DataChoice, "methods": MethodChoice, "training": Training}
+        part = parts.get(first["loc"][0], Experiment)
+        known = nearest(str(first["loc"][-1]), part.model_fields)
+        return UserError(f"{source}: there is no setting '{place}'", f"nearest: {', '.join(known)}")
+    given = "" if first["type"] == "missing" else f" (given: {first['input']!r})"
+    return UserError(f"{source}: {place}: {first['msg'].lower()}{given}")
+
+
+def _label(name: str, options: Mapping[str, Any]) -> str:
+    shown = ", ".join(f"{key}={_short(value)}" for key, value in options.items())
+    return f"{name} ({shown})" if shown else name
+
+
+def _short(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _methods(*names: str) -> tuple[MethodChoice, ...]:
+    return tuple(MethodChoice.model_validate(name) for name in names)

@@ -1,0 +1,353 @@
+"""The comparison as a table: one row for each method in a terminal, one line for each cell in results.csv."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from deltatune.comparing.results import CellResult, FailedCell
+from deltatune.comparing.statistics import Difference, Interval, accuracy_interval, difference, wilson
+from deltatune.files import write_text
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A quantity over the seeds of one method: its mean, least and greatest, all equal for one seed."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What was measured for one label over the seeds that finished. Shares are in [0, 1], times in seconds."""
+
+    accuracy: Spread
+    accuracy_interval: Interval
+    """Of the mean over seeds; it covers the choice of test examples, not the luck of the seed."""
+    difference: Difference | None
+    """Accuracy minus the reference's; None for the reference itself, or where the two share no seed."""
+    macro_f1: Spread
+    test_loss: Spread
+    validation_accuracy: Spread
+    validation_loss: Spread
+    train_loss: Spread
+    train_seconds: Spread
+    time_share: float | None
+    """Training time as a share of full fine-tuning's; None where that is not among the results."""
+    examples_per_second: Spread
+    tokens_per_second: Spread
+    peak_bytes: Spread
+    baseline_bytes: Spread
+    above_baseline_bytes: Spread
+    """Peak minus baseline: what the base, the method and its training took."""
+    trainable: int
+    total: int
+    trainable_share: float
+    adapter_bytes: Spread
+    model_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """All cells of one label."""
+
+    label: str
+    method: str
+    is_reference: bool
+    """Whether the differences of the other rows are measured from this one."""
+    seeds: tuple[int, ...]
+    """Those that finished."""
+    figures: Figures | None
+    """None where no seed finished."""
+    failures: tuple[str, ...]
+    """One sentence for each seed that did not finish."""
+
+
+def rows(results: Sequence[CellResult], failed: Sequence[FailedCell] = ()) -> list[Row]:
+    """One row for each label, in order of appearance.
+
+    The reference is full fine-tuning where it finished, else the first label that did.
+    """
+    every: list[CellResult | FailedCell] = [*results, *failed]
+    methods = {cell.label: cell.method for cell in every}
+    finished = {label: [cell for cell in results if cell.label == label] for label in methods}
+    full = _full(results)
+    reference = (full or finished[results[0].label]) if results else []
+    return [
+        Row(
+            label=label,
+            method=method,
+            is_reference=bool(reference) and label == reference[0].label,
+            seeds=tuple(cell.seed for cell in finished[label]),
+            figures=_figures(finished[label], reference, full) if finished[label] else None,
+            failures=tuple(_failure(cell) for cell in failed if cell.label == label),
+        )
+        for label, method in methods.items()
+    ]
+
+
+def _full(results: Sequence[CellResult]) -> list[CellResult]:
+    """The cells of the first label that is full fine-tuning."""
+    label = next((cell.label for cell in results if cell.method == "full"), None)
+    return [cell for cell in results if cell.label == label]
+
+
+def _figures(cells: Sequence[CellResult], reference: Sequence[CellResult], full: Sequence[CellResult]) -> Figures:
+    def spread(value: Callable[[CellResult], float]) -> Spread:
+        values = [value(cell) for cell in cells]
+        return Spread(fmean(values), min(values), max(values))
+
+    first = cells[0]
+    accuracy, time = spread(lambda cell: cell.accuracy), spread(lambda cell: cell.train_seconds)
+    return Figures(
+        accuracy=accuracy,
+        accuracy_interval=wilson(accuracy.mean, len(first.test_labels)),
+        difference=None if first.label == reference[0].label else difference(cells, reference),
+        macro_f1=spread(lambda cell: cell.macro_f1),
+        test_loss=spread(lambda cell: cell.test_loss),
+        validation_accuracy=spread(lambda cell: cell.validation_accuracy),
+        validation_loss=spread(lambda cell: cell.validation_loss),
+        train_loss=spread(lambda cell: cell.train_loss),
+        train_seconds=time,
+        time_share=_time_share(time.mean, full),
+        examples_per_second=spread(lambda cell: cell.examples_per_second),
+        tokens_per_second=spread(lambda cell: cell.tokens_per_second),
+        peak_bytes=spread(lambda cell: cell.peak_bytes),
+        baseline_bytes=spread(lambda cell: cell.baseline_bytes),
+        above_baseline_bytes=spread(lambda cell: cell.peak_bytes - cell.baseline_bytes),
+        trainable=first.trainable,
+        total=first.total,
+        trainable_share=first.trainable / first.total,
+        adapter_bytes=spread(lambda cell: cell.adapter_bytes),
+        model_bytes=first.model_bytes,
+    )
+
+
+def _time_share(seconds: float, full: Sequence[CellResult]) -> float | None:
+    of_full = fmean(cell.train_seconds for cell in full) if full else 0.0
+    return seconds / of_full if of_full else None
+
+
+def _failure(cell: FailedCell) -> str:
+    return f"seed {cell.seed}: {cell.reason}" + (f" (hint: {cell.hint})" if cell.hint else "")
+
+
+_MEASURED: dict[str, Callable[[CellResult], float | str]] = {
+    "accuracy": lambda cell: cell.accuracy,
+    "accuracy_low_95": lambda cell: accuracy_interval(cell.test_labels, cell.predictions).low,
+    "accuracy_high_95": lambda cell: accuracy_interval(cell.test_labels, cell.predictions).high,
+    "macro_f1": lambda cell: cell.macro_f1,
+    "test_loss": lambda cell: cell.test_loss,
+    "test_examples": lambda cell: len(cell.test_labels),
+    "validation_accuracy": lambda cell: cell.validation_accuracy,
+    "validation_loss": lambda cell: cell.validation_loss,
+    "train_loss": lambda cell: cell.train_loss,
+    "steps": lambda cell: cell.steps,
+    "train_seconds": lambda cell: cell.train_seconds,
+    "examples_per_second": lambda cell: cell.examples_per_second,
+    "tokens_per_second": lambda cell: cell.tokens_per_second,
+    "peak_bytes": lambda cell: cell.peak_bytes,
+    "baseline_bytes": lambda cell: cell.baseline_bytes,
+    "above_baseline_bytes": lambda cell: cell.peak_bytes - cell.baseline_bytes,
+    "trainable_parameters": lambda cell: cell.trainable,
+    "total_parameters": lambda cell: cell.total,
+    "trainable_share": lambda cell: cell.trainable / cell.total,
+    "adapter_bytes": lambda cell: cell.adapter_bytes,
+    "model_bytes": lambda cell: cell.model_bytes,
+    "precision": lambda cell: cell.precision,
+}
+
+
+def records(results: Sequence[CellResult], failed: Sequence[FailedCell] = ()) -> list[dict[str, Any]]:
+    """One flat record for each cell with the unit in its names: the lines of results.csv, ready for JSON."""
+    full = _full(results)
+    done = [
+        {
+            **_identity(cell, "done"),
+            **{name: value(cell) for name, value in _MEASURED.items()},
+            "train_share_of_full": _time_share(cell.train_seconds, full),
+            "reason": "",
+            "hint": "",
+        }
+        for cell in results
+    ]
+    not_done = [
+        {
+            **_identity(cell, "failed"),
+            **dict.fromkeys([*_MEASURED, "train_share_of_full"]),
+            "reason": cell.reason,
+            "hint": cell.hint,
+        }
+        for cell in failed
+    ]
+    return done + not_done
+
+
+def _identity(cell: CellResult | FailedCell, status: str) -> dict[str, Any]:
+    return {
+        "label": cell.label,
+        "method": cell.method,
+        "options": cell.options,
+        "seed": cell.seed,
+        "status": status,
+    }
+
+
+def write_csv(path: Path, results: Sequence[CellResult], failed: Sequence[FailedCell] = ()) -> None:
+    """Writes `records` to `path`; the options of a method are one column of JSON."""
+    lines = records(results, failed)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(lines[0]) if lines else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**line, "options": json.dumps(line["options"], ensure_ascii=False)} for line in lines)
+    write_text(path, text.getvalue())
+
+
+def terminal_table(rows: Sequence[Row]) -> Table:
+    """The rows for a terminal of some 110 columns: each cell has a figure and, below it, what puts it in proportion."""
+    reference = next((row.label for row in rows if row.is_reference), "reference")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 1, 0), caption_justify="left", header_style="bold")
+    # Where room is short, names and differences take more lines; the other columns stay as they are.
+    table.add_column(Text("Method\nseeds"), overflow="fold")
+    table.add_column(Text("Accuracy\ninterval"), justify="right", no_wrap=True)
+    table.add_column(Text(f"vs {reference}, points\nverdict"), justify="right", min_width=18)
+    for header in (
+        "Macro-F1\ntest loss",
+        "Training\nof full",
+        "Tokens/s\nexamples",
+        "Memory\nbaseline",
+        "Trained\nof all",
+        "Adapter\nmodel",
+    ):
+        table.add_column(Text(header), justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*_terminal_row(row))
+    table.caption = Text("\n\n".join(_notes(rows)))
+    return table
+
+
+_COLOURS = {"better": "green", "worse": "red", "not distinguishable": "yellow"}
+
+
+def _terminal_row(row: Row) -> list[Text]:
+    name = _stacked(row.label, ", ".join(map(str, row.seeds)))
+    figures = row.figures
+    if figures is None:
+        return [name, Text("failed", style="red")]
+    gap = figures.difference
+    return [
+        name,
+        _stacked(percent(figures.accuracy.mean), interval_text(figures.accuracy_interval)),
+        _stacked(
+            f"{points(gap.value)} {points_interval(gap.interval)}",
+            gap.verdict,
+            _COLOURS[gap.verdict],
+        )
+        if gap
+        else _stacked("reference" if row.is_reference else "no common seed", ""),
+        _stacked(f"{figures.macro_f1.mean:.3f}", f"{figures.test_loss.mean:.3f}"),
+        _stacked(
+            seconds(figures.train_seconds.mean), "" if figures.time_share is None else f"{figures.time_share:.0%}"
+        ),
+        _stacked(rate(figures.tokens_per_second.mean), rate(figures.examples_per_second.mean)),
+        _stacked(size(figures.peak_bytes.mean), size(figures.baseline_bytes.mean)),
+        _stacked(count(figures.trainable), small_percent(figures.trainable_share)),
+        _stacked(size(figures.adapter_bytes.mean), size(figures.model_bytes)),
+    ]
+
+
+def _stacked(above: str, below: str, style: str = "dim") -> Text:
+    # Text, not str: rich would read square brackets in a label as markup.
+    return Text.assemble(above, "\n", (below, style))
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    failures = [f"{row.label}, {failure}" for row in rows for failure in row.failures]
+    return [*(["Failed:\n" + "\n".join(failures)] if failures else []), *([what_intervals_cover(rows)] if rows else [])]
+
+
+def what_intervals_cover(rows: Sequence[Row]) -> str:
+    """One sentence on what the intervals of these rows say about seeds."""
+    most = max((len(row.seeds) for row in rows), default=0)
+    if most == 0:
+        return ""
+    if most == 1:
+        return (
+            "One seed each: the intervals cover the choice of test examples, not the luck of the seed. "
+            "A difference may be that luck alone; more seeds would tell."
+        )
+    return (
+        f"Figures are means over up to {most} seeds. Intervals of differences cover the choice of test examples and, "
+        "as roughly as so few seeds can, the luck of the seed; those of single accuracies cover the test examples only."
+    )
+
+
+def percent(share: float) -> str:
+    """0.8213 as "82.1%"."""
+    return f"{100 * share:.1f}%"
+
+
+def small_percent(share: float) -> str:
+    """A share that may be tiny, to two significant digits: 0.0137 as "1.4%", 0.0000339 as "0.0034%"."""
+    value = 100 * share
+    return (
+        f"{value:.0f}%"
+        if value >= 9.95 or value == 0
+        else f"{float(f'{value:.1e}'):.10f}".rstrip("0").rstrip(".") + "%"
+    )
+
+
+def points(share: float) -> str:
+    """A difference of shares in percentage points with its sign: -0.004 as "−0.4"."""
+    value = round(100 * share, 1)
+    return f"{value:+.1f}".replace("-", "−") if value else "0.0"
+
+
+def interval_text(interval: Interval) -> str:
+    """An interval of shares: "80.0–84.1"."""
+    return f"{100 * interval.low:.1f}–{100 * interval.high:.1f}"
+
+
+def points_interval(interval: Interval) -> str:
+    """An interval of differences in percentage points: "[−1.6, +0.8]"."""
+    return f"[{points(interval.low)}, {points(interval.high)}]"
+
+
+def count(number: float) -> str:
+    """A count with at most three significant digits: 22713216 as "22.7M"."""
+    return _scaled(number, ("", "k", "M", "B"))
+
+
+def size(number: float) -> str:
+    """Bytes in decimal units with three significant digits: 1_420_000_000 as "1.42 GB"."""
+    return _scaled(number, (" B", " kB", " MB", " GB", " TB"))
+
+
+def _scaled(number: float, units: Sequence[str]) -> str:
+    power = 0
+    while abs(number) >= 999.5 and power < len(units) - 1:
+        number, power = number / 1000, power + 1
+    decimals = 0 if power == 0 or abs(number) >= 99.95 else 1 if abs(number) >= 9.995 else 2
+    return f"{number:.{decimals}f}{units[power]}"
+
+
+def rate(number: float) -> str:
+    """So many a second: "8,500", or "4.3" where it is slow."""
+    return f"{number:,.0f}" if number >= 20 else f"{number:.1f}"
+
+
+def seconds(number: float) -> str:
+    """A duration: "42.3s", "3m 05s" or "2h 07m"."""
+    if number < 59.95:
+        return f"{number:.1f}s"
+    minutes, rest = divmod(round(number), 60)
+    return f"{minutes}m {rest:02d}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02d}m"

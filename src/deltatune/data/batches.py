@@ -1,0 +1,82 @@
+"""Batches by token budget from length-sorted, shuffled windows: examples of like length together, little padding.
+
+An epoch is shuffled, cut into windows, each window sorted by length and cut into batches that fit the budget, and the
+batches are shuffled again. Which examples meet is random to the size of a window; the same seed gives the same order.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from deltatune.data.tokens import Tokens
+
+_WINDOW = 1024
+"""Examples that are sorted together: enough for even lengths, few enough to leave the order random."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some examples, padded on the right to the longest of them."""
+
+    inputs: dict[str, Int[Tensor, "examples length"]]
+    """What the model takes, the attention mask included."""
+    labels: Int[Tensor, " examples"]
+    indices: tuple[int, ...]
+    """Places of the examples in their split."""
+    tokens: int
+    """Real tokens, padding not counted."""
+
+
+def epoch(lengths: Sequence[int], budget: int, generator: np.random.Generator) -> list[list[int]]:
+    """The batches of one epoch as lists of places; each padded to its longest example holds at most `budget` tokens.
+
+    An example longer than the budget stands alone.
+    """
+    order = generator.permutation(len(lengths))
+    batches: list[list[int]] = []
+    for start in range(0, len(order), _WINDOW):
+        window = sorted(order[start : start + _WINDOW].tolist(), key=lambda place: lengths[place])
+        batches += in_order(lengths, budget, window)
+    return [batches[place] for place in generator.permutation(len(batches))]
+
+
+def in_order(lengths: Sequence[int], budget: int, places: Sequence[int]) -> list[list[int]]:
+    """Cuts `places`, sorted by length, into batches that fit the budget."""
+    batches: list[list[int]] = []
+    for place in places:
+        if batches and (len(batches[-1]) + 1) * lengths[place] <= budget:
+            batches[-1].append(place)
+        else:
+            batches.append([place])
+    return batches
+
+
+def collate(tokens: Tokens, places: Sequence[int], pad: int) -> Batch:
+    """The examples at `places` as padded tensors."""
+    examples = [tokens.fields[place] for place in places]
+    lengths = [len(example["input_ids"]) for example in examples]
+    inputs = {
+        name: _padded([example[name] for example in examples], pad if name == "input_ids" else 0)
+        for name in examples[0]
+    }
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (examples, length)
+    labels = torch.tensor([tokens.labels[place] for place in places])
+    return Batch({**inputs, "attention_mask": mask.long()}, labels, tuple(places), sum(lengths))
+
+
+def sorted_batches(tokens: Tokens, budget: int, pad: int) -> Iterator[Batch]:
+    """Every example once, sorted by length: for scoring, where the order does not matter."""
+    lengths = tokens.lengths
+    for places in in_order(lengths, budget, sorted(range(len(tokens)), key=lengths.__getitem__)):
+        yield collate(tokens, places, pad)
+
+
+def _padded(rows: list[list[int]], value: int) -> Int[Tensor, "examples length"]:
+    out = torch.full((len(rows), max(map(len, rows))), value)
+    for row, ids in zip(out, rows, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    return out

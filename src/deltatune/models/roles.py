@@ -1,0 +1,94 @@
+"""What each linear layer of an architecture does, told by its name; by its shape where the name is not known.
+
+The table is the one place that knows architectures. It holds the ends of module paths, so that a new model whose
+layers carry usual names needs no entry of its own. The longest end that fits wins.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import nn
+
+from deltatune.weights import is_linear, weight_of
+
+Role = Literal["query", "key", "value", "qkv", "attention-output", "attention", "gate", "up", "down", "pooler", "other"]
+
+_ENDS: Mapping[Role, str] = {
+    # the end of the path                                                        seen in
+    "query": """
+        attention.self.query attention.attention.query                           BERT, RoBERTa, ELECTRA; ViT
+        attention.self.query_proj                                                DeBERTa-v2
+        attention.q_lin                                                          DistilBERT
+        attention.query                                                          ALBERT
+        q_proj                                                                   Llama, Qwen, Mistral, Gemma, OPT, BART
+        SelfAttention.q EncDecAttention.q                                        T5
+    """,
+    "key": """
+        attention.self.key attention.attention.key attention.self.key_proj
+        attention.k_lin attention.key k_proj SelfAttention.k EncDecAttention.k
+    """,
+    "value": """
+        attention.self.value attention.attention.value attention.self.value_proj
+        attention.v_lin attention.value v_proj SelfAttention.v EncDecAttention.v
+    """,
+    "qkv": """
+        attn.c_attn                                                              GPT-2
+        attn.Wqkv                                                                ModernBERT
+        qkv_proj                                                                 Phi-3
+        query_key_value                                                          GPT-NeoX, Falcon, BLOOM
+    """,
+    "attention-output": """
+        attention.output.dense attention.out_lin attention.dense                 BERT, ViT; DistilBERT; ALBERT, GPT-NeoX
+        self_attention.dense                                                     Falcon, BLOOM
+        attn.c_proj attn.Wo o_proj self_attn.out_proj encoder_attn.out_proj      GPT-2; ModernBERT; Llama …; OPT, BART
+        SelfAttention.o EncDecAttention.o                                        T5
+    """,
+    "gate": """
+        gate_proj gate_up_proj mlp.Wi                                            Llama …; Phi-3, ModernBERT: with up
+        DenseReluDense.wi_0                                                      T5 v1.1, FLAN-T5
+    """,
+    "up": """
+        intermediate.dense ffn.lin1 ffn mlp.c_fc                                 BERT, ViT; DistilBERT; ALBERT; GPT-2
+        up_proj fc1 mlp.dense_h_to_4h                                            Llama …; OPT, BART; GPT-NeoX, BLOOM
+        DenseReluDense.wi DenseReluDense.wi_1                                    T5; T5 v1.1
+    """,
+    "down": """
+        output.dense ffn.lin2 ffn_output mlp.c_proj mlp.Wo down_proj fc2
+        mlp.dense_4h_to_h DenseReluDense.wo
+    """,
+    "pooler": "pooler.dense pooler                                               BERT; ALBERT",
+}
+_BY_END: dict[str, Role] = {
+    end: role
+    for role, rows in _ENDS.items()
+    for row in rows.splitlines()
+    for end in re.split(r"\s{3,}", row.strip())[0].split()
+}
+
+ALIASES: Mapping[str, frozenset[Role]] = {
+    "attention": frozenset({"query", "key", "value", "qkv", "attention-output", "attention"}),
+    "attention-qv": frozenset({"query", "value", "qkv"}),
+    "mlp": frozenset({"gate", "up", "down"}),
+}
+"""Words for several roles at once. `all-linear`, every linear layer outside of the head, stands for itself."""
+
+
+def linear_roles(model: nn.Module) -> dict[str, Role]:
+    """The role of each linear layer of `model`, by module path, in the model's order."""
+    return {path: _role(path, module) for path, module in model.named_modules() if is_linear(module)}
+
+
+def _role(path: str, module: nn.Module) -> Role:
+    parts = path.split(".")
+    for start in range(len(parts)):
+        if role := _BY_END.get(".".join(parts[start:])):
+            return role
+    if not any(part.isdecimal() for part in parts):  # not in a stack of blocks
+        return "other"
+    weight = weight_of(module)
+    if "att" in path.lower():
+        return "attention"
+    if weight.out >= 2 * weight.in_:
+        return "up"
+    return "down" if weight.in_ >= 2 * weight.out else "attention"

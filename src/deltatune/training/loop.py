@@ -1,0 +1,169 @@
+"""The one loop that trains every method: batches in, events out, the kept weights left in the model."""
+
+import math
+import time
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from deltatune.data.batches import Batch, collate, epoch
+from deltatune.data.tokens import Tokens
+from deltatune.errors import UserError
+from deltatune.models.attach import trainable_parameters
+from deltatune.training.evaluation import Scores, evaluate
+from deltatune.training.events import Evaluated, Finished, Listener, Started, Step
+from deltatune.training.precision import Computed, autocast
+from deltatune.training.schedule import rate
+from deltatune.training.settings import Training
+
+
+def train(
+    model: PreTrainedModel,
+    examples: Tokens,
+    validation: Tokens,
+    settings: Training,
+    *,
+    learning_rate: float,
+    precision: Computed,
+    seed: int,
+    listen: Listener,
+) -> tuple[Finished, Scores]:
+    """Trains what is thawed in `model` and leaves the kept weights in it; gives the last event and their scores.
+
+    The order of examples, the dropout and so the result depend on `seed` alone. Raises `UserError`, with the first bad
+    tensor named, when the loss or a gradient is not finite.
+    """
+    groups = _plan(examples, settings, seed)
+    at = _validation_steps(len(groups), settings)
+    parameters = trainable_parameters(model)
+    optimizer = _adamw(parameters, learning_rate, settings.weight_decay)
+    kept = _Kept(settings.keep)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    listen(
+        Started(
+            steps=len(groups),
+            epochs=settings.epochs,
+            examples=len(examples),
+            trainable=sum(p.numel() for p in parameters.values()),
+            total=sum(p.numel() for p in model.parameters()),
+            precision=precision,
+            seed=seed,
+        )
+    )
+    seconds, seen, tokens = 0.0, 0, 0
+    model.train()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for step, group in enumerate(groups, start=1):
+            began = time.perf_counter()
+            for part in optimizer.param_groups:
+                part["lr"] = learning_rate * rate(step - 1, len(groups), settings.warmup, settings.schedule)
+            batches = [collate(examples, places, model.config.pad_token_id) for places in group]
+            loss = _accumulate(model, batches, precision)
+            norm = nn.utils.clip_grad_norm_(parameters.values(), settings.clip or math.inf).item()
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise _diverged(step, loss, parameters)
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds += time.perf_counter() - began
+            seen += sum(map(len, group))
+            tokens += sum(batch.tokens for batch in batches)
+            done = step / len(groups) * settings.epochs
+            listen(Step(step, done, loss, optimizer.param_groups[0]["lr"], norm, seen, tokens, seconds))
+            if step in at:
+                began = time.perf_counter()
+                scores = evaluate(model, validation, precision)
+                took = time.perf_counter() - began
+                listen(
+                    Evaluated(
+                        step, done, "validation", scores.loss, scores.accuracy, scores.macro_f1, len(validation), took
+                    )
+                )
+                kept.offer(step, scores, parameters)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    best_step, scores = kept.restore(parameters)
+    finished = Finished(len(groups), seconds, best_step)
+    listen(finished)
+    return finished, scores
+
+
+def _plan(examples: Tokens, settings: Training, seed: int) -> list[list[list[int]]]:
+    """Every optimiser step of the run as its batches, each a list of places: fixed by the seed beforehand."""
+    generator = np.random.default_rng(seed)
+    batches: list[list[int]] = []
+    for number in range(math.ceil(settings.epochs)):
+        whole = epoch(examples.lengths, settings.batch_tokens, generator)
+        share = min(1.0, settings.epochs - number)
+        batches += whole[: math.ceil(share * len(whole))]
+    return [batches[start : start + settings.accumulate] for start in range(0, len(batches), settings.accumulate)]
+
+
+def _validation_steps(steps: int, settings: Training) -> set[int]:
+    count = max(1, round(settings.evaluations * settings.epochs))
+    return {math.ceil(steps * k / count) for k in range(1, count + 1)}
+
+
+def _adamw(parameters: dict[str, nn.Parameter], learning_rate: float, decay: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) with decay on matrices only."""
+    groups = [
+        {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": decay},
+        {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, fused=True)
+
+
+def _accumulate(model: PreTrainedModel, batches: list[Batch], precision: Computed) -> float:
+    """Adds the gradients of the mean loss over the batches' examples together; gives that mean."""
+    examples = sum(len(batch.indices) for batch in batches)
+    total = 0.0
+    for batch in batches:
+        inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
+        with autocast(precision, model.device):
+            logits = model(**inputs).logits
+        loss = F.cross_entropy(logits.float(), batch.labels.to(model.device), reduction="sum") / examples
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.item()
+    return total
+
+
+class _Kept:
+    """The weights to keep: a copy of the best so far, or none where the last ones are kept."""
+
+    def __init__(self, keep: Literal["best", "last"]) -> None:
+        self._keep = keep
+        self._weights: dict[str, Tensor] = {}
+        self._best: tuple[int, Scores] | None = None
+
+    def offer(self, step: int, scores: Scores, parameters: dict[str, nn.Parameter]) -> None:
+        """Takes the current weights if they are better: by accuracy, then by loss."""
+        if self._keep == "last" or self._best is None or _rank(scores) > _rank(self._best[1]):
+            self._best = (step, scores)
+            if self._keep == "best":
+                self._weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def restore(self, parameters: dict[str, nn.Parameter]) -> tuple[int, Scores]:
+        """Puts the kept weights back; gives the step they are from and their scores."""
+        for name, weight in self._weights.items():
+            parameters[name].copy_(weight)
+        assert self._best is not None  # the last step is always scored
+        return self._best
+
+
+def _rank(scores: Scores) -> tuple[float, float]:
+    return scores.accuracy, -scores.loss
+
+
+def _diverged(step: int, loss: float, parameters: dict[str, nn.Parameter]) -> UserError:
+    bad = next((n for n, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()), None)
+    where = f"; the first bad gradient is that of {bad}" if bad else ""
+    return UserError(
+        f"training stopped at step {step}: the loss is {loss:.4g}{where}",
+        "lower the learning rate, or use --precision fp32; the weights before this step were finite",
+    )

@@ -1,0 +1,50 @@
+"""What numbers a run computes with: bf16 where the machine has it in hardware, fp32 elsewhere; masters always fp32."""
+
+import platform
+from typing import Literal
+
+import torch
+from torch import nn
+
+from deltatune.errors import UserError
+
+Computed = Literal["fp32", "bf16"]
+Precision = Literal["auto"] | Computed
+
+
+def resolve(precision: Precision, device: torch.device | str = "cpu") -> Computed:
+    """Decides `auto` by the device's features."""
+    if precision == "auto":
+        return "bf16" if has_fast_bf16(torch.device(device)) else "fp32"
+    if precision not in ("fp32", "bf16"):
+        raise UserError(f"there is no precision '{precision}'", "use auto, fp32 or bf16")
+    return precision
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether products in bf16 run in hardware: AVX512_BF16 or AMX on x86, BF16 on Arm, Ampere or later on CUDA."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    if device.type != "cpu":
+        return False
+    features = torch.cpu.get_capabilities()
+    if platform.machine() in ("x86_64", "AMD64"):
+        return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
+    return bool(features.get("bf16"))
+
+
+def prepare(model: nn.Module, precision: Computed) -> None:
+    """Stores what is frozen in the run's type and what trains in fp32.
+
+    In bf16 the frozen weights take half the memory and are computed with as they are; autocast brings the fp32 masters
+    down to bf16 where they meet them.
+    """
+    frozen = torch.bfloat16 if precision == "bf16" else torch.float32
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
+
+
+def autocast(precision: Computed, device: torch.device) -> torch.autocast:
+    """The context in which the model runs forward."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=True)

@@ -1,0 +1,120 @@
+"""Using what was trained: a saved adapter on its base, scored on data or labelling new texts."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from deltatune.data import Split, TextData, load_data
+from deltatune.data.tokens import length_limit, tokenize
+from deltatune.errors import UserError
+from deltatune.models.adapters import SavedAdapter, load_adapter, read_adapter
+from deltatune.models.base import Base, load
+from deltatune.training.evaluation import Scores, evaluate
+from deltatune.training.precision import Computed, Precision, prepare, resolve
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A saved adapter on its base, ready to be used."""
+
+    saved: SavedAdapter
+    base: Base
+    precision: Computed
+    max_length: int
+
+    def scores(self, split: Split) -> Scores:
+        """Scores on a split whose labels are numbered as the adapter's."""
+        return evaluate(self.base.model, tokenize(split, self.base.tokenizer, self.max_length), self.precision)
+
+
+def open_adapter(folder: Path, *, base: str = "", precision: str = "") -> Ready:
+    """Loads a saved adapter on its base; computes as it was trained unless `precision` says otherwise.
+
+    `base` stands in for the recorded one where that is not found under its name; its weights must be the same.
+    """
+    saved = read_adapter(folder)
+    if not (base or saved.base):
+        raise UserError(f"{saved.folder} does not say which base it is for", "name it with --base")
+    loaded = load(base or saved.base, revision="" if base else saved.revision, labels=saved.labels)
+    load_adapter(loaded.model, saved)
+    trained = saved.about.get("training", {}).get("precision", "auto")
+    computed = resolve(cast(Precision, precision or trained))
+    prepare(loaded.model, computed)
+    limit = length_limit(loaded.tokenizer, loaded.model.config, saved.about.get("max_length", 256))
+    return Ready(saved, loaded, computed, limit)
+
+
+def score(ready: Ready, name: str, split: str, text: tuple[str, ...] = (), label: str = "") -> Scores:
+    """Scores a saved adapter on a split of the named data, or of the data that it was trained on."""
+    if split not in (*SPLITS, "all"):
+        raise UserError(f"there is no split '{split}'", f"use {', '.join(SPLITS)} or all")
+    trained_on = ready.saved.about.get("data", {})
+    name = name or trained_on.get("name", "")
+    if not name:
+        raise UserError("this adapter does not say what it was trained on", "name the data with --data")
+    if name == trained_on.get("name"):
+        text, label = text or tuple(trained_on["text"]), label or trained_on["label"]
+    data = load_data(name, text=text, label=label)
+    names = SPLITS if split == "all" else (split,)
+    return ready.scores(_joined([_renumbered(getattr(data, part), data, ready.saved) for part in names]))
+
+
+def predict(ready: Ready, texts: Split) -> Iterator[dict[str, Any]]:
+    """The label of each text and its probability, in order."""
+    scores = ready.scores(texts)
+    for place, (number, probability) in enumerate(zip(scores.predictions, scores.probabilities, strict=True)):
+        pair = {} if texts.pairs is None else {"pair": texts.pairs[place]}
+        label = ready.saved.labels[number]
+        yield {"text": texts.texts[place], **pair, "label": label, "probability": round(probability, 4)}
+
+
+def read_texts(source: str) -> Split:
+    """The texts of a file, or of stdin for `-`: one a line, plain or JSON with "text" and, for pairs, "pair"."""
+    try:
+        content = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"could not read {source}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source} is no text in UTF-8: {error.reason} at byte {error.start}") from error
+    rows = [_row(line, f"line {n} of {source}") for n, line in enumerate(content.splitlines(), 1) if line.strip()]
+    if not rows:
+        raise UserError(f"{'stdin' if source == '-' else source} has no text", "give one text a line")
+    paired = [row for row in rows if len(row) == 2]
+    if paired and len(paired) != len(rows):
+        raise UserError("some lines have a pair and some have none", "give a pair on every line or on none")
+    pairs = [row[1] for row in paired] or None
+    return Split([row[0] for row in rows], [0] * len(rows), pairs)
+
+
+def _row(line: str, where: str) -> tuple[str, ...]:
+    if not line.lstrip().startswith("{"):
+        return (line.strip(),)
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from error
+    row = tuple(fields[key] for key in ("text", "pair") if key in fields)
+    if "text" not in fields or not all(isinstance(text, str) for text in row):
+        raise UserError(f'{where} has no "text" that is a string', 'write it as {"text": "…"}')
+    return row
+
+
+def _renumbered(split: Split, data: TextData, saved: SavedAdapter) -> Split:
+    """The split with the adapter's label numbers; another data set may order the same names otherwise."""
+    unknown = [data.labels[number] for number in sorted(set(split.labels)) if data.labels[number] not in saved.labels]
+    if unknown:
+        raise UserError(
+            f"the data has the label '{unknown[0]}', which this adapter was not trained on",
+            f"it knows: {', '.join(saved.labels)}",
+        )
+    return Split(split.texts, [saved.labels.index(data.labels[number]) for number in split.labels], split.pairs)
+
+
+def _joined(splits: Sequence[Split]) -> Split:
+    pairs = None if splits[0].pairs is None else [pair for split in splits for pair in split.pairs or []]
+    return Split([t for split in splits for t in split.texts], [n for split in splits for n in split.labels], pairs)

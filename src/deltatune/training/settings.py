@@ -1,0 +1,40 @@
+"""How a run trains: everything that is not the base, the data or the method."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from deltatune.training.precision import Precision
+
+
+class Training(BaseModel):
+    """Settings of a training run. The same for every method of a comparison, but for the learning rate."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    epochs: float = Field(2.0, gt=0)
+    """Passes over the training split; parts of one are allowed."""
+    learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate. Left out: the method's own."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after the warm-up."""
+    warmup: float = Field(0.06, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises from 0."""
+    batch_tokens: int = Field(1024, ge=1)
+    """Tokens in a batch, padding included: its size follows the length of its examples."""
+    accumulate: int = Field(1, ge=1)
+    """Batches whose gradients are summed into one optimiser step."""
+    weight_decay: float = Field(0.01, ge=0)
+    """AdamW's decay of matrices; vectors (biases, norms) do not decay."""
+    clip: float = Field(1.0, ge=0)
+    """Largest norm of the gradients together; 0 leaves them as they are."""
+    max_length: int = Field(256, ge=2)
+    """Longest example in tokens; the rest of a longer one is cut off, and counted."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time, the same result."""
+    precision: Precision = "auto"
+    """auto: bf16 where the machine has it in hardware, else fp32."""
+    keep: Literal["best", "last"] = "best"
+    """Which weights are kept: those best on validation, or the last."""
+    evaluations: int = Field(2, ge=1)
+    """Validations in each epoch, evenly spaced; the last step is always one."""

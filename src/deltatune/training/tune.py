@@ -1,0 +1,62 @@
+"""One training run from end to end: attach a method to a base, train it on data, keep the best, score it."""
+
+from dataclasses import dataclass
+
+from deltatune.data.examples import TextData
+from deltatune.data.tokens import Tokens, length_limit, tokenize
+from deltatune.methods import Method
+from deltatune.models.attach import attach
+from deltatune.models.base import Base
+from deltatune.training.evaluation import Scores
+from deltatune.training.events import Finished, Listener
+from deltatune.training.loop import train
+from deltatune.training.precision import Computed, prepare, resolve
+from deltatune.training.settings import Training
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A trained base: its model carries the kept weights."""
+
+    base: Base
+    method: Method
+    settings: Training
+    """As it ran: the learning rate and precision are resolved."""
+    precision: Computed
+    max_length: int
+    finished: Finished
+    validation: Scores
+    truncated: int
+    """Training examples that were longer than `max_length`."""
+
+
+def ignore(_: object) -> None:
+    """A listener that does nothing."""
+
+
+def tune(
+    base: Base,
+    data: TextData,
+    method: Method,
+    settings: Training | None = None,
+    *,
+    seed: int = 0,
+    listen: Listener = ignore,
+) -> Tuned:
+    """Trains `method` on `base`, whose model is changed in place, with the examples of `data`.
+
+    Raises `UserError` for targets that match nothing, for data that does not fit the base, and for a run that diverges.
+    """
+    settings = settings or Training()
+    model = attach(base.model, method, seed=seed)
+    rate = settings.learning_rate or method.learning_rate
+    precision = resolve(settings.precision, model.device)
+    prepare(model, precision)
+    limit = length_limit(base.tokenizer, model.config, settings.max_length)
+    examples = tokenize(data.train, base.tokenizer, limit)
+    validation: Tokens = tokenize(data.validation, base.tokenizer, limit)
+    finished, scores = train(
+        model, examples, validation, settings, learning_rate=rate, precision=precision, seed=seed, listen=listen
+    )
+    settings = settings.model_copy(update={"learning_rate": rate, "precision": precision})
+    return Tuned(base, method, settings, precision, limit, finished, scores, examples.truncated)

@@ -1,0 +1,58 @@
+"""A weight stored in fp32 or bf16: (out, in) as in `nn.Linear`, or (in, out) as in GPT-2's `Conv1D`."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+
+class DenseWeight:
+    """The weight of an `nn.Linear`, or of a `Conv1D` (`transposed`), read from the module at each use."""
+
+    def __init__(self, module: nn.Module, transposed: bool) -> None:
+        self._module = module
+        self._transposed = transposed
+
+    @property
+    def _stored(self) -> Tensor:
+        weight = self._module.weight
+        assert isinstance(weight, Tensor)
+        return weight.detach()
+
+    @property
+    def out(self) -> int:
+        """Output features: rows of W."""
+        return self.dense().shape[0]
+
+    @property
+    def in_(self) -> int:
+        """Input features: columns of W."""
+        return self.dense().shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stored weight takes."""
+        return self._stored.nbytes
+
+    def matmul(
+        self, x: Float[Tensor, "tokens in"], bias: Float[Tensor, " out"] | None = None
+    ) -> Float[Tensor, "tokens out"]:
+        """x·Wᵀ + bias, in the type of x."""
+        return F.linear(x, self.dense().to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def matmul_transposed(self, g: Float[Tensor, "tokens out"]) -> Float[Tensor, "tokens in"]:
+        """g·W, in the type of g."""
+        return g @ self.dense().to(g.dtype)
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """W as a view of the stored tensor; writing to it writes to the base."""
+        return self._stored.T if self._transposed else self._stored
+
+    def row_norms(self) -> Float[Tensor, " out"]:
+        """‖W_j‖₂ of each row, in fp32."""
+        norms: Tensor = torch.linalg.vector_norm(self.dense(), dim=1, dtype=torch.float32)
+        return norms
+
+    def write(self, weight: Float[Tensor, "out in"]) -> None:
+        """Copies `weight` over the stored values, rounded to their type."""
+        self.dense().copy_(weight)

@@ -1,0 +1,59 @@
+"""The interface of a frozen linear weight: what a method may ask of it, whatever its storage.
+
+y = x·Wᵀ + b      W is (out, in), x is (tokens, in), y is (tokens, out)
+"""
+
+from typing import Protocol
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from deltatune.weights.dense import DenseWeight
+
+
+class FrozenWeight(Protocol):
+    """A linear weight W (out, in) that gets no gradient; products are computed in the type of their input."""
+
+    @property
+    def out(self) -> int:
+        """Output features: rows of W."""
+
+    @property
+    def in_(self) -> int:
+        """Input features: columns of W."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stored weight takes."""
+
+    def matmul(
+        self, x: Float[Tensor, "tokens in"], bias: Float[Tensor, " out"] | None = None
+    ) -> Float[Tensor, "tokens out"]:
+        """x·Wᵀ + bias: the forward product."""
+
+    def matmul_transposed(self, g: Float[Tensor, "tokens out"]) -> Float[Tensor, "tokens in"]:
+        """g·W: the product that carries a gradient back to the input."""
+
+    def dense(self) -> Float[Tensor, "out in"]:
+        """W as an ordinary tensor: the stored one where there is one, otherwise a decoded copy."""
+
+    def row_norms(self) -> Float[Tensor, " out"]:
+        """‖W_j‖₂ of each row, in fp32."""
+
+    def write(self, weight: Float[Tensor, "out in"]) -> None:
+        """Replaces the stored values by `weight`, rounded to the storage."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is one that holds a linear weight we can adapt: `nn.Linear` or Transformers' `Conv1D`."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def weight_of(module: nn.Module) -> FrozenWeight:
+    """The frozen weight that a linear module holds; it follows the module when that is moved or cast."""
+    if isinstance(module, Conv1D):
+        return DenseWeight(module, transposed=True)
+    if isinstance(module, nn.Linear):
+        return DenseWeight(module, transposed=False)
+    raise TypeError(f"{type(module).__name__} is not a linear module")

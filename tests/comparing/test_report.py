@@ -1,0 +1,209 @@
+import importlib.util
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from deltatune.comparing import table
+from deltatune.comparing.plots import colours, plots
+from deltatune.comparing.report import check_installed, summary, write_report
+from deltatune.errors import UserError
+
+PLOTS = ["accuracy", "difference", "time", "memory", "size", "loss"]
+
+
+def written(comparison, folder: Path) -> Path:
+    return write_report(folder, comparison.experiment, comparison.results, comparison.failed, comparison.curves)
+
+
+@pytest.fixture(scope="module")
+def report(comparison, tmp_path_factory) -> Path:
+    return written(comparison, tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def crowded(crowd, tmp_path_factory) -> Path:
+    return written(crowd, tmp_path_factory.mktemp("crowd"))
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[Browser]:
+    quiet = ("gpu", "quic", "background-networking", "component-update", "sync")
+    arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(browser: Browser) -> Iterator[object]:
+    """Opens a report offline; whatever the page says or asks for beyond itself fails the test at its end."""
+    contexts, complaints = [], []
+
+    def open_page(path: Path, width: int = 1280, **settings: str) -> Page:
+        context = browser.new_context(offline=True, viewport={"width": width, "height": 900}, **settings)
+        contexts.append(context)
+        page = context.new_page()
+        page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: (complaints.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        page.on("request", lambda request: request.url == path.as_uri() or complaints.append(request.url))
+        page.goto(path.as_uri())
+        drawn = "() => [...document.querySelectorAll('.plot > div')].every(plot => plot.querySelector('svg'))"
+        page.wait_for_function(drawn, timeout=15_000)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert not complaints
+
+
+def marks(page: Page, plot: str, kind: str) -> int:
+    return page.locator(
+        f"#plot-{plot} svg .mark-{kind}.role-mark > path, #plot-{plot} svg .mark-{kind}.role-mark > line"
+    ).count()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_plot_is_drawn_offline_without_a_complaint(report: Path, opened, scheme: str):
+    page = opened(report, color_scheme=scheme)
+    for plot in PLOTS:
+        box = page.locator(f"#plot-{plot} svg").bounding_box()
+        assert box["width"] > 300
+        assert box["height"] > 100
+    assert marks(page, "accuracy", "rect") == marks(page, "time", "rect") == 4
+    assert marks(page, "memory", "rect") == 2 * 4
+    assert marks(page, "accuracy", "symbol") == 8, "a dot for each seed of the methods with several"
+    assert marks(page, "difference", "symbol") == 3
+    assert marks(page, "size", "symbol") == 2 * 4, "a circle and its middle"
+    assert page.locator("#plot-loss svg .mark-line path").count() == 9 + 3 * 3, "own curves, and the reference's behind"
+    assert marks(page, "loss", "symbol") == 9 * 4
+
+
+@pytest.mark.browser
+def test_the_table_has_every_label_and_says_why_a_cell_failed(report: Path, opened, comparison):
+    page = opened(report)
+    shown = [head.strip() for head in page.locator("tbody th").all_inner_texts()]
+    for row, text in zip(table.rows(comparison.results, comparison.failed), shown, strict=True):
+        assert " ".join(text.split()).startswith(row.label)
+    assert "the loss became <b>nan</b> at step 31 (hint: lower the learning rate)" in page.locator("table").inner_text()
+    assert "the process was ended by signal 9 (KILL)" in page.locator(".failures").inner_text()
+
+
+@pytest.mark.browser
+def test_a_label_that_looks_like_a_script_is_only_a_label(report: Path, opened):
+    page = opened(report)
+    assert page.locator("tbody script, svg script, tbody b, .failures b").count() == 0
+    assert "<script>alert('x')</script>" in page.locator("tbody").inner_text()
+    assert "<script>alert('x')</script>" in page.locator("#plot-time").text_content()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_twelve_methods_fit_the_page_without_scrolling_it_sideways(crowded: Path, opened, width: int):
+    page = opened(crowded, width)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert marks(page, "accuracy", "rect") == 12
+    assert page.locator("tbody tr").count() == 12
+    names = page.locator("#plot-size svg .mark-text.role-mark text")
+    tops = sorted(names.nth(index).bounding_box()["y"] for index in range(names.count()))
+    assert len(tops) == 12
+    assert all(below - above > 12 for above, below in pairwise(tops)), "no name lies on another"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 390])
+def test_no_word_in_a_plot_is_cut_off(report: Path, opened, width: int):
+    cut = """() => [...document.querySelectorAll('.plot svg')].flatMap(svg => {
+        const outer = svg.getBoundingClientRect();
+        return [...svg.querySelectorAll('text')].filter(text => {
+            const inner = text.getBoundingClientRect();
+            return inner.left < outer.left - 2 || inner.right > outer.right + 2
+                || inner.top < outer.top - 2 || inner.bottom > outer.bottom + 2;
+        }).map(text => text.textContent);
+    })"""
+    assert opened(report, width).evaluate(cut) == []
+
+
+@pytest.mark.browser
+def test_a_click_on_a_heading_sorts_and_failed_methods_stay_last(report: Path, opened):
+    page = opened(report)
+    heading = page.get_by_role("button", name="Accuracy", exact=True)
+    heading.click()
+    column = page.locator("tbody tr td:nth-child(2)")
+    figures = [float(text.split("%")[0]) for text in column.all_inner_texts()[:4]]
+    assert figures == sorted(figures, reverse=True)
+    heading.click()
+    assert [float(text.split("%")[0]) for text in column.all_inner_texts()[:4]] == figures[::-1]
+    assert "nan" in column.all_inner_texts()[4]
+    assert page.locator("th[aria-sort]").get_attribute("aria-sort") == "ascending"
+
+
+@pytest.mark.browser
+def test_a_report_in_which_everything_failed_still_opens(comparison, tmp_path, opened):
+    page = opened(write_report(tmp_path, {"base": "minilm", "data": None}, [], comparison.failed, {}))
+    assert page.title() == "minilm on data · Deltatune"
+    assert "No run finished. 2 of 2 runs failed" in page.locator(".summary").inner_text()
+
+
+def test_every_plot_is_saved_as_a_picture_of_its_own(report: Path):
+    pictures = sorted(path.name for path in (report.parent / "plots").iterdir())
+    assert pictures == sorted(f"{name}.svg" for name in PLOTS)
+    for name in pictures:
+        assert (report.parent / "plots" / name).read_text(encoding="utf-8").startswith("<svg")
+
+
+def test_the_page_shows_what_was_run_and_forbids_every_fetch(report: Path):
+    page = report.read_text(encoding="utf-8")
+    assert "default-src 'none'" in page
+    assert not re.search(r"""(src|href)=["']?(https?:)?//""", page)
+    for words in ("minilm on rotten-tomatoes", "2.13.0", "Intel Xeon Platinum 8488C", "tokens per batch", "9512"):
+        assert words in page
+
+
+def test_the_summary_is_made_from_the_figures(comparison):
+    words = summary(table.rows(comparison.results, comparison.failed))
+    assert re.match(
+        r"lora reaches 82\.\d% test accuracy with 1\.3% of the parameters trained, in 61% of the time", words
+    )
+    assert "is not distinguishable from zero" in words
+    assert words.endswith("The 2 other methods are worse. 2 of 11 runs failed; the reasons are below.")
+
+
+def test_the_summary_of_one_method_compares_nothing(make_cell):
+    assert "nothing to compare it with" in summary(table.rows([make_cell("lora")]))
+
+
+def test_the_summary_without_full_fine_tuning_names_the_reference(make_cell):
+    words = summary(table.rows([make_cell("head", "head", accuracy=0.75), make_cell("lora", accuracy=0.82)]))
+    assert "; that is better than head, by +7.0 points [" in words
+    assert "of the time" not in words
+
+
+def test_with_one_seed_the_page_says_what_the_intervals_leave_out(crowded: Path):
+    assert "not the luck of the seed" in crowded.read_text(encoding="utf-8")
+
+
+def test_a_label_has_one_colour_in_every_plot_and_twelve_labels_have_twelve(crowd):
+    rows = table.rows(crowd.results)
+    palette = colours(rows)
+    assert len(set(palette.values())) == 12
+    for plot in plots(rows, crowd.results, crowd.curves):
+        text = str(plot.spec)
+        assert str(list(palette)) in text
+        assert str(list(palette.values())) in text
+
+
+@pytest.mark.parametrize("missing", ["altair", "vl_convert", "jinja2"])
+def test_without_the_report_extra_the_error_says_how_to_get_it(monkeypatch, missing: str):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("deltatune.comparing.report.find_spec", lambda name: None if name == missing else find(name))
+    with pytest.raises(UserError, match=missing) as caught:
+        check_installed()
+    assert caught.value.hint == "pip install 'deltatune[report]'"
