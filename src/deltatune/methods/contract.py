@@ -5,7 +5,7 @@ Two kinds stand here, each a small Protocol. A method fills one of them in one f
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -23,6 +23,7 @@ CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 """How pydantic reads a method's fields from a command line or a file: unknown names refused, docstrings as help."""
 
 
+@runtime_checkable
 class Method(Protocol):
     """What every method says of itself."""
 
@@ -39,6 +40,7 @@ class Method(Protocol):
     """The type in adapter_config.json: PEFT's own, or `DELTATUNE_…` where PEFT has no such method."""
 
 
+@runtime_checkable
 class Delta(Protocol):
     """The trained module over one frozen weight. A real one is also an `nn.Module`."""
 
@@ -75,11 +77,11 @@ class WeightDelta(Method, Protocol):
     def delta(self, out: int, in_: int, generator: torch.Generator) -> nn.Module:
         """A fresh module for one (out, in) weight; it fulfils `Delta`."""
 
-    def to_peft(self, modules: Mapping[str, Self]) -> dict[str, Any]:
+    def to_peft(self, modules: Mapping[str, Any]) -> dict[str, Any]:
         """The method's fields of adapter_config.json; `modules` has the hyperparameters of each adapted path."""
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Self:
+    def from_peft(cls, config: Mapping[str, Any]) -> "WeightDelta":
         """The method that an adapter_config.json describes; raises `UserError` on what we cannot honour."""
 
 

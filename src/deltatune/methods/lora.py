@@ -12,7 +12,7 @@ when the rank grows.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +67,11 @@ class LoRA:
     @property
     def scale(self) -> float:
         """s in W' = W + s·B·A."""
-        alpha = 2 * self.rank if self.alpha is None else self.alpha
-        return alpha / math.sqrt(self.rank) if self.rslora else alpha / self.rank
+        return self._alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def _alpha(self) -> float:
+        return float(2 * self.rank if self.alpha is None else self.alpha)
 
     def check(self, out: int, in_: int) -> None:
         """Raises `UserError` for a rank above min(out, in): B·A could not use it."""
@@ -82,30 +85,30 @@ class LoRA:
         return self.rank * (out + in_)
 
     def kept_for_backward(self, out: int, in_: int, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: x, x·Aᵀ, A and B; with dropout also the dropped x and its mask of bytes."""
-        kept = tokens * (in_ + self.rank) + self.parameters(out, in_)
-        return kept * itemsize + (tokens * in_ * (itemsize + 1) if self.dropout else 0)
+        """Bytes kept for backward: x, x·Aᵀ, A and B; with dropout the dropped x and its mask in place of x."""
+        inputs = 2 * in_ if self.dropout else in_
+        return (tokens * (inputs + self.rank) + self.parameters(out, in_)) * itemsize
 
     def delta(self, out: int, in_: int, generator: torch.Generator) -> "LoRADelta":
         """A fresh pair of matrices: A uniform in ±1/√in, B zero, so that training starts at the base."""
         return LoRADelta(out, in_, self.rank, self.scale, self.dropout, generator)
 
-    def to_peft(self, modules: Mapping[str, Self]) -> dict[str, Any]:
+    def to_peft(self, modules: Mapping[str, Any]) -> dict[str, Any]:
         """PEFT's LoraConfig fields."""
         return {
             "r": self.rank,
-            "lora_alpha": self._peft_alpha,
+            "lora_alpha": self._alpha,
             "lora_dropout": self.dropout,
             "use_rslora": self.rslora,
             "rank_pattern": {path: m.rank for path, m in modules.items() if m.rank != self.rank},
-            "alpha_pattern": {path: m._peft_alpha for path, m in modules.items() if m._peft_alpha != self._peft_alpha},
+            "alpha_pattern": {path: m._alpha for path, m in modules.items() if m._alpha != self._alpha},
             "init_lora_weights": True,
             "bias": "none",
             "use_dora": False,
         }
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> Self:
+    def from_peft(cls, config: Mapping[str, Any]) -> "LoRA":
         """Reads PEFT's LoraConfig fields; refuses the ones that would change the output and that we do not have."""
         unsupported = {"use_dora": False, "bias": "none", "lora_bias": False, "alora_invocation_tokens": None}
         for key, plain in unsupported.items():
@@ -121,10 +124,6 @@ class LoRA:
             rank_pattern=config.get("rank_pattern") or {},
             alpha_pattern=config.get("alpha_pattern") or {},
         )
-
-    @property
-    def _peft_alpha(self) -> float:
-        return 2 * self.rank if self.alpha is None else self.alpha
 
 
 class LoRADelta(nn.Module):

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 from deltatune.errors import UserError
 
@@ -87,7 +86,7 @@ class EventFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "EventFile":
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("w", encoding="utf-8")
         return self

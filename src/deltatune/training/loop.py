@@ -43,7 +43,7 @@ def train(
     optimizer = _adamw(parameters, learning_rate, settings.weight_decay)
     kept = _Kept(settings.keep)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     listen(
         Started(
             steps=len(groups),
@@ -86,7 +86,7 @@ def train(
                 )
                 kept.offer(step, scores, parameters)
     if settings.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
+        model.activation_checkpointing_disable()
     best_step, scores = kept.restore(parameters)
     finished = Finished(len(groups), seconds, best_step)
     listen(finished)

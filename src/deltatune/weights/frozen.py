@@ -3,7 +3,7 @@
 y = x·Wᵀ + b      W is (out, in), x is (tokens, in), y is (tokens, out)
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from deltatune.weights.dense import DenseWeight
 
 
+@runtime_checkable
 class FrozenWeight(Protocol):
     """A linear weight W (out, in) that gets no gradient; products are computed in the type of their input."""
 

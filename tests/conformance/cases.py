@@ -1,0 +1,68 @@
+"""What the laws are checked on: every registered method, and each storage of a frozen weight."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from deltatune.methods import METHODS, Method, WeightDelta, make
+
+VARIANTS: dict[str, list[dict]] = {
+    "lora": [{"rank": 3, "alpha": 5.0, "rslora": True}, {"rank": 4, "dropout": 0.3}],
+}
+"""Options that change a formula and so deserve the laws of their own; the defaults are always tested."""
+
+
+def _named(kind: str) -> dict[str, Method]:
+    """Every registered method of a kind, with its defaults and with each variant, by a name for the test."""
+    return {
+        name + "".join(f",{key}={value}" for key, value in options.items()): make(name, options)
+        for name, method in METHODS.items()
+        if method.kind == kind
+        for options in [{}, *VARIANTS.get(name, [])]
+    }
+
+
+DELTAS: dict[str, WeightDelta] = _named("weight delta")
+SELECTIONS = _named("selection")
+EVERY = {**DELTAS, **SELECTIONS}
+
+
+def _linear(dtype: torch.dtype) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        return nn.Linear(12, 20).to(dtype).requires_grad_(False)
+
+
+def _conv1d() -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        layer = Conv1D(20, 12).requires_grad_(False)
+        layer.weight.normal_()
+        layer.bias.normal_()
+        return layer
+
+
+STORAGES: dict[str, Callable[[], nn.Module]] = {
+    "linear": lambda: _linear(torch.float32),
+    "linear-bf16": lambda: _linear(torch.bfloat16),
+    "conv1d": _conv1d,
+}
+"""A frozen layer of 12 inputs and 20 outputs in each storage."""
+
+
+def shaken(module: nn.Module, seed: int = 3) -> nn.Module:
+    """The module with random values in whatever trains, as after training."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return module
+
+
+def bits(module: nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of every parameter and buffer."""
+    return copy.deepcopy(dict(module.state_dict()))

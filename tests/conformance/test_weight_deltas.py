@@ -1,0 +1,167 @@
+"""The laws of a delta over one frozen weight, for every weight-delta method on every storage."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conformance.cases import DELTAS, STORAGES, bits, shaken
+from torch import nn
+
+from deltatune.errors import UserError
+from deltatune.methods import WeightDelta
+from deltatune.models.adapted import AdaptedLinear
+from deltatune.weights import weight_of
+
+pytestmark = [
+    pytest.mark.parametrize("method", DELTAS.values(), ids=DELTAS.keys()),
+]
+on_every_storage = pytest.mark.parametrize("storage", STORAGES)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float64: 1e-12}
+
+
+def adapted(method: WeightDelta, storage: str) -> AdaptedLinear:
+    base = STORAGES[storage]()
+    delta = method.delta(20, 12, torch.Generator().manual_seed(0))
+    return AdaptedLinear(base, delta)
+
+
+def inputs(layer: AdaptedLinear, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, 12, generator=torch.Generator().manual_seed(1)).to(layer.weight.dtype)
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    scale = max(1.0, b.abs().max().item())
+    return bool((a - b).abs().max().item() <= TOLERANCE[b.dtype] * scale)
+
+
+@on_every_storage
+def test_training_starts_at_the_base(method: WeightDelta, storage: str) -> None:
+    layer = adapted(method, storage).eval()
+    x = inputs(layer, 2, 5)
+    assert close(layer(x), layer.base(x))
+
+
+@on_every_storage
+def test_counted_parameters_are_the_actual_ones(method: WeightDelta, storage: str) -> None:
+    layer = adapted(method, storage)
+    assert sum(p.numel() for p in layer.delta.parameters()) == method.parameters(20, 12)
+
+
+@on_every_storage
+def test_only_the_delta_gets_gradients_and_the_base_keeps_its_bits(method: WeightDelta, storage: str) -> None:
+    layer = shaken(adapted(method, storage)).train()
+    before = bits(layer.base)
+    optimizer = torch.optim.AdamW([p for p in layer.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        layer(inputs(layer, 2, 5)).float().square().mean().backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.delta.parameters())
+    assert all(p.grad is None for p in layer.base.parameters())
+    assert all(torch.equal(layer.base.state_dict()[name], value) for name, value in before.items())
+
+
+@on_every_storage
+def test_the_merged_weight_gives_the_adapted_output(method: WeightDelta, storage: str) -> None:
+    layer = shaken(adapted(method, storage)).eval()
+    x = inputs(layer, 2, 5)
+    with torch.no_grad():
+        before = layer(x)
+        layer.merge()
+        assert not torch.equal(layer.base(x), STORAGES[storage]()(x)), "the update is not nothing"
+        assert close(layer(x), before)
+
+
+@on_every_storage
+def test_unmerging_restores_the_bits_of_the_base(method: WeightDelta, storage: str) -> None:
+    layer = shaken(adapted(method, storage))
+    before = bits(layer.base)
+    layer.merge()
+    layer.unmerge()
+    assert all(torch.equal(layer.base.state_dict()[name], value) for name, value in before.items())
+
+
+@on_every_storage
+def test_a_disabled_delta_is_the_base_bit_for_bit(method: WeightDelta, storage: str) -> None:
+    layer = shaken(adapted(method, storage)).eval()
+    layer.enabled = False
+    x = inputs(layer, 2, 5)
+    assert torch.equal(layer(x), layer.base(x))
+
+
+@on_every_storage
+def test_a_merged_weight_that_is_not_finite_is_refused_and_the_base_left_alone(method: WeightDelta, storage: str) -> None:
+    layer = shaken(adapted(method, storage))
+    before = bits(layer.base)
+    with torch.no_grad():
+        next(iter(layer.delta.parameters())).fill_(torch.inf)
+    with pytest.raises(UserError, match="not finite"):
+        layer.merge()
+    assert all(torch.equal(layer.base.state_dict()[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("storage", ["linear", "conv1d"])
+@pytest.mark.parametrize("bias_trains", [False, True], ids=["", "bias"])
+def test_the_fast_backward_is_that_of_the_plain_formula(method: WeightDelta, storage: str, bias_trains: bool) -> None:
+    layer = shaken(adapted(method, storage).double()).eval()
+    bias = layer.bias.requires_grad_(bias_trains)
+    x = inputs(layer, 6).requires_grad_()
+    outward = torch.randn(6, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    trained = [x, *layer.delta.parameters(), *([bias] if bias_trains else [])]
+    plain = F.linear(x, layer.delta.merged(weight_of(layer.base).dense()), bias)
+    fast = layer(x)
+    assert close(fast, plain)
+    for ours, theirs in zip(
+        torch.autograd.grad(fast, trained, outward), torch.autograd.grad(plain, trained, outward), strict=True
+    ):
+        assert close(ours, theirs)
+    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *layer.delta.parameters()))
+
+
+def test_dropout_in_training_has_the_gradient_of_what_it_computed(method: WeightDelta) -> None:
+    layer = shaken(adapted(method, "linear").double()).train()
+    x = inputs(layer, 6).requires_grad_()
+
+    def same_mask(x: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(5)
+        return layer(x)
+
+    assert torch.autograd.gradcheck(same_mask, (x, *layer.delta.parameters()))
+
+
+@on_every_storage
+def test_what_is_kept_for_backward_is_what_was_stated(method: WeightDelta, storage: str) -> None:
+    layer = shaken(adapted(method, storage)).train()
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.data_ptr()] = tensor  # held, so that no other tensor gets its place
+        return tensor
+
+    x = inputs(layer, 16).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x)
+    assert sum(tensor.nbytes for tensor in kept.values()) == method.kept_for_backward(20, 12, 16, x.element_size())
+    assert weight_of(layer.base).dense().data_ptr() not in kept, "the frozen weight is not kept again"
+
+
+def test_any_number_of_leading_dimensions_gives_the_same_output(method: WeightDelta) -> None:
+    layer = shaken(adapted(method, "linear")).eval()
+    x = inputs(layer, 2, 3, 5)
+    assert close(layer(x).reshape(30, 20), layer(x.reshape(30, 12)))
+    assert layer(x[0, 0, 0]).shape == (20,)
+
+
+def test_under_autocast_the_output_has_its_type(method: WeightDelta) -> None:
+    layer = shaken(adapted(method, "linear")).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(inputs(layer, 4))
+    assert y.dtype == torch.bfloat16
+    assert close(y, layer(inputs(layer, 4)).bfloat16())
+
+
+def test_the_layer_looks_like_the_one_it_replaces(method: WeightDelta) -> None:
+    layer = adapted(method, "linear")
+    base = layer.base
+    assert isinstance(base, nn.Linear)
+    assert (layer.in_features, layer.out_features) == (base.in_features, base.out_features)
+    assert layer.weight is base.weight
+    assert layer.bias is base.bias

@@ -1,0 +1,18 @@
+"""Shapes in signatures are checked while testing; nothing is fetched from a hub."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook(
+    ["deltatune.weights", "deltatune.methods", "deltatune.models", "deltatune.training", "deltatune.data.batches"],
+    "beartype.beartype",
+)
+
+import torch  # noqa: E402
+
+# The tests run side by side; more threads than cores only wait for one another.
+torch.set_num_threads(1)

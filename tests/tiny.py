@@ -1,0 +1,72 @@
+"""Small models of real architectures, with random weights: in memory, or as folders in Transformers' layout."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
+
+SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
+WORDS = (
+    *("a", "the", "film", "story", "is", "was", "and", "not", "very", "it", "this", "with", "of", "in", "plot", "cast"),
+    *("good", "great", "warm", "moving", "clever", "bright", "bad", "dull", "cold", "boring", "weak", "grey"),
+    *("영화", "좋다", "나쁘다", "정말", "재미있다", "지루하다"),
+)
+VOCABULARY = len(SPECIAL) + len(WORDS)
+
+_SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+_CONFIGS = {
+    "bert": _SIZES,
+    "roberta": _SIZES,
+    "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "llama": {**_SIZES, "num_key_value_heads": 2},
+    "qwen2": {**_SIZES, "num_key_value_heads": 2},
+}
+ARCHITECTURES = tuple(_CONFIGS)
+DECODERS = ("gpt2", "llama", "qwen2")
+
+
+def tiny_model(architecture: str, *, labels: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A classifier with random weights, in evaluation mode; the head is random, too, so that outputs say something."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return AutoModelForSequenceClassification.from_config(_config(architecture, labels), dtype=dtype).eval()
+
+
+def tiny_inputs(seed: int = 1) -> dict[str, torch.Tensor]:
+    """A batch of three examples of 7, 5 and 2 tokens, padded on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(len(SPECIAL), VOCABULARY, (3, 7), generator=generator)
+    mask = torch.arange(7) < torch.tensor([7, 5, 2])[:, None]
+    return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
+
+
+def save_tiny(folder: Path, architecture: str) -> Path:
+    """Writes a tiny base with its tokenizer to `folder`, as `save_pretrained` does, and returns the folder."""
+    tiny_model(architecture, labels=2).save_pretrained(folder)
+    tokenizer(architecture).save_pretrained(folder)
+    return folder
+
+
+def tokenizer(architecture: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words. As is usual, decoders have an end token and no padding token."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*SPECIAL, *WORDS))}, unk_token="[UNK]"))
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    if architecture in DECODERS:
+        return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="[SEP]", model_max_length=64)
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", model_max_length=64
+    )
+
+
+def _config(architecture: str, labels: int):
+    names = {"max_position_embeddings": 64} if architecture != "roberta" else {"max_position_embeddings": 66}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return AutoConfig.for_model(
+        architecture, vocab_size=VOCABULARY, num_labels=labels, initializer_range=0.3, **names, **special, **_CONFIGS[architecture]
+    )
