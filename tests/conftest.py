@@ -5,11 +5,18 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from jaxtyping import install_import_hook  # noqa: E402
+from jaxtyping import install_import_hook
 
 install_import_hook(
-    ["deltatune.weights", "deltatune.methods", "deltatune.models", "deltatune.training", "deltatune.data.batches"],
-    "beartype.beartype",
+    [
+        "deltatune.dropout",
+        "deltatune.weights",
+        "deltatune.methods",
+        "deltatune.models",
+        "deltatune.training",
+        "deltatune.data.batches",
+    ],
+    "typecheck.check",
 )
 
 import torch  # noqa: E402

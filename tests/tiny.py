@@ -27,7 +27,9 @@ ARCHITECTURES = tuple(_CONFIGS)
 DECODERS = ("gpt2", "llama", "qwen2")
 
 
-def tiny_model(architecture: str, *, labels: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny_model(
+    architecture: str, *, labels: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """A classifier with random weights, in evaluation mode; the head is random, too, so that outputs say something."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -55,12 +57,19 @@ def tokenizer(architecture: str) -> PreTrainedTokenizerFast:
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     if architecture in DECODERS:
-        return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="[SEP]", model_max_length=64)
+        return PreTrainedTokenizerFast(
+            tokenizer_object=words, unk_token="[UNK]", eos_token="[SEP]", model_max_length=64
+        )
     words.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", model_max_length=64
+        tokenizer_object=words,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_max_length=64,
     )
 
 
@@ -68,5 +77,11 @@ def _config(architecture: str, labels: int):
     names = {"max_position_embeddings": 64} if architecture != "roberta" else {"max_position_embeddings": 66}
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return AutoConfig.for_model(
-        architecture, vocab_size=VOCABULARY, num_labels=labels, initializer_range=0.3, **names, **special, **_CONFIGS[architecture]
+        architecture,
+        vocab_size=VOCABULARY,
+        num_labels=labels,
+        initializer_range=0.3,
+        **names,
+        **special,
+        **_CONFIGS[architecture],
     )

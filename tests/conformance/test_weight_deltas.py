@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conformance.cases import DELTAS, STORAGES, bits, shaken
 from torch import nn
 
+from conformance.cases import DELTAS, STORAGES, bits, shaken
 from deltatune.errors import UserError
 from deltatune.methods import WeightDelta
 from deltatune.models.adapted import AdaptedLinear
@@ -88,7 +88,9 @@ def test_a_disabled_delta_is_the_base_bit_for_bit(method: WeightDelta, storage: 
 
 
 @on_every_storage
-def test_a_merged_weight_that_is_not_finite_is_refused_and_the_base_left_alone(method: WeightDelta, storage: str) -> None:
+def test_a_merged_weight_that_is_not_finite_is_refused_and_the_base_left_alone(
+    method: WeightDelta, storage: str
+) -> None:
     layer = shaken(adapted(method, storage))
     before = bits(layer.base)
     with torch.no_grad():

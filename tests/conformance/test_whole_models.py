@@ -7,17 +7,17 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conformance.cases import DELTAS, EVERY, bits, shaken
 from safetensors.torch import load_file, save_file
-from tiny import ARCHITECTURES, tiny_inputs, tiny_model
 from transformers import PreTrainedModel
 
 import deltatune
+from conformance.cases import DELTAS, EVERY, bits, shaken
 from deltatune.errors import UserError
 from deltatune.files import read_json, write_json
 from deltatune.methods import Method, WeightDelta
 from deltatune.models.adapters import TENSORS
 from deltatune.models.attach import adapted_layers, trainable_parameters
+from tiny import ARCHITECTURES, tiny_inputs, tiny_model
 
 on_every_model = pytest.mark.parametrize("architecture", ARCHITECTURES)
 every_method = pytest.mark.parametrize("method", EVERY.values(), ids=EVERY.keys())
@@ -37,7 +37,9 @@ def trained(architecture: str, method: Method, seed: int = 0) -> PreTrainedModel
 @every_method
 @on_every_model
 def test_training_starts_at_the_base(architecture: str, method: Method) -> None:
-    torch.testing.assert_close(logits(deltatune.attach(tiny_model(architecture), method)), logits(tiny_model(architecture)))
+    torch.testing.assert_close(
+        logits(deltatune.attach(tiny_model(architecture), method)), logits(tiny_model(architecture))
+    )
 
 
 @every_method
@@ -83,7 +85,9 @@ def test_merging_keeps_the_output_and_unmerging_the_base(architecture: str, meth
 def test_a_disabled_method_is_the_base(architecture: str, method: Method) -> None:
     model = trained(architecture, method)
     plain = tiny_model(architecture)
-    plain.load_state_dict({name.replace(".base.", "."): value for name, value in model.state_dict().items()}, strict=False)
+    plain.load_state_dict(
+        {name.replace(".base.", "."): value for name, value in model.state_dict().items()}, strict=False
+    )
     before = logits(model)
     with deltatune.disabled(model):
         assert torch.equal(logits(model), logits(plain))
@@ -117,7 +121,9 @@ def test_an_adapter_is_one_adapter_whatever_type_the_base_is_loaded_in(method: M
 
 
 @every_method
-def test_missing_unexpected_misshapen_and_non_finite_tensors_are_refused_by_name(method: Method, tmp_path: Path) -> None:
+def test_missing_unexpected_misshapen_and_non_finite_tensors_are_refused_by_name(
+    method: Method, tmp_path: Path
+) -> None:
     folder = tmp_path / "adapter"
     deltatune.save_adapter(trained("bert", method), folder, base="tiny")
     whole = load_file(folder / TENSORS)
@@ -190,7 +196,7 @@ def test_what_peft_saves_again_loads_here_with_the_same_logits(
     architecture: str, method: WeightDelta, tmp_path: Path
 ) -> None:
     model = trained(architecture, method)
-    deltatune.save_adapter(model, tmp_path / "ours", base="tiny")
+    deltatune.save_adapter(model, tmp_path / "ours")
     peft.PeftModel.from_pretrained(tiny_model(architecture), tmp_path / "ours").save_pretrained(tmp_path / "theirs")
     loaded = deltatune.load_adapter(tiny_model(architecture), tmp_path / "theirs")
     torch.testing.assert_close(logits(loaded), logits(model))

@@ -49,7 +49,7 @@ _CONFIG = {
         **{"anchor": "start", "frame": "bounds", "offset": 16, "color": _INK, "subtitleColor": _INK},
         **{"fontSize": 15, "fontWeight": 600, "subtitleFontSize": 12, "subtitlePadding": 6, "subtitleLineHeight": 16},
     },
-    "header": {"title": None, "labelColor": _INK, "labelFontSize": 12, "labelAnchor": "start", "labelLimit": 200},
+    "header": {"title": None, "labelColor": _INK, "labelFontSize": 12, "labelAnchor": "start", "labelLimit": 180},
 }
 
 
@@ -252,7 +252,7 @@ def _size(done: _Done, palette: Mapping[str, str]) -> Plot:
             ),
             base.mark_circle(size=10, color=_INK, opacity=1),
             _base(circles)
-            .mark_text(align="left", dx=4, baseline="middle", limit=alt.ExprRef("width * 0.26"))
+            .mark_text(align="left", dx=4, baseline="middle", limit=alt.ExprRef("width * 0.24"))
             .encode(x=edge, y="place:Q", text="note:N"),
         ).properties(height=height),
     )

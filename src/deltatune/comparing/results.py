@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 class CellResult(BaseModel):
     """A finished cell: one method with one seed, trained and tested in a process of its own."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     label: str
     """How tables and plots call the method of this cell; the same for all its seeds."""

@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from deltatune.dropout import dropout
 from deltatune.errors import UserError
 from deltatune.methods.contract import CONFIG, Kind, Targets
 from deltatune.weights import FrozenWeight
@@ -145,7 +145,7 @@ class LoRADelta(nn.Module):
         self, x: Float[Tensor, "tokens in"], weight: FrozenWeight, bias: Float[Tensor, " out"] | None
     ) -> Float[Tensor, "tokens out"]:
         """The same output from two thin products, the weight left alone."""
-        z = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
+        z = dropout(x, self.dropout) if self.training and self.dropout > 0 else None
         A, B = self.A.to(x.dtype), self.B.to(x.dtype)
         y: Tensor = _LowRank.apply(x, z, weight, bias, A, B, self.scale)  # type: ignore[no-untyped-call]
         return y

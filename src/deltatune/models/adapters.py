@@ -65,7 +65,7 @@ class SavedAdapter:
         }
 
 
-def save_adapter(model: nn.Module, folder: Path, *, base: str = "", revision: str = "", **about: Any) -> None:
+def save_adapter(model: nn.Module, folder: Path | str, *, base: str = "", revision: str = "", **about: Any) -> None:
     """Writes what was trained on `model` to `folder`, all of it or nothing; replaces what stood there.
 
     `about` (labels, settings, data …) goes into deltatune.json. Raises `UserError` where a value is not finite.
@@ -79,7 +79,7 @@ def save_adapter(model: nn.Module, folder: Path, *, base: str = "", revision: st
             raise UserError(
                 f"the adapter was not saved: {name} has values that are not finite", "lower the learning rate"
             )
-    with new_folder(folder) as new:
+    with new_folder(Path(folder)) as new:
         save_file(tensors, new / TENSORS, metadata={"format": "pt"})
         write_json(new / CONFIG, _peft_config(model, done, base, revision))
         record = {
@@ -104,9 +104,10 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors | {n: p for n, p in trainable_parameters(model).items() if id(p) not in deltas}
 
 
-def read_adapter(folder: Path) -> SavedAdapter:
+def read_adapter(folder: Path | str) -> SavedAdapter:
     """Reads an adapter folder and checks it: nothing damaged, a method we have, keys it knows, finite values."""
-    folder = folder if (folder / CONFIG).is_file() else folder / "adapter"
+    folder = Path(folder)
+    folder = folder if (folder / CONFIG).is_file() else folder / "adapter"  # the folder of a run
     if not (folder / CONFIG).is_file():
         raise UserError(
             f"{folder.parent} holds no adapter: there is no {CONFIG}", "give the folder that `tune --out` wrote"
@@ -128,13 +129,13 @@ def read_adapter(folder: Path) -> SavedAdapter:
     return replace(saved, method=_on_saved_layers(saved))
 
 
-def load_adapter(model: nn.Module, saved: SavedAdapter | Path) -> nn.Module:
+def load_adapter(model: nn.Module, saved: SavedAdapter | Path | str) -> nn.Module:
     """Attaches a saved adapter to its base, in place, and returns the model, in evaluation mode.
 
     Raises `UserError` where the base is another than the one it was trained on, or a tensor is missing, unexpected or
     of another shape; the tensors are checked before any is copied.
     """
-    saved = read_adapter(saved) if isinstance(saved, Path) else saved
+    saved = saved if isinstance(saved, SavedAdapter) else read_adapter(saved)
     head = tuple(saved.about["head"]) if saved.about else _head_of(saved)
     attach(model, saved.method, head=head)
     done = cast(Attachment, attachment(model))

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from deltatune.data.examples import TextData
 from deltatune.data.tokens import Tokens, length_limit, tokenize
+from deltatune.dropout import replace_dropout
 from deltatune.methods import Method
 from deltatune.models.attach import attach
 from deltatune.models.base import Base
@@ -52,6 +53,7 @@ def tune(
     rate = settings.learning_rate or method.learning_rate
     precision = resolve(settings.precision, model.device)
     prepare(model, precision)
+    replace_dropout(model)
     limit = length_limit(base.tokenizer, model.config, settings.max_length)
     examples = tokenize(data.train, base.tokenizer, limit)
     validation: Tokens = tokenize(data.validation, base.tokenizer, limit)
