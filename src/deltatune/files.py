@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from deltatune.errors import UserError
 
 
@@ -18,9 +20,9 @@ def disk_errors(path: Path) -> Iterator[None]:
     """Turns what the disk refuses (full, read-only, no permission) into an error that names the path."""
     try:
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system said
         raise UserError(
-            f"could not write {path}: {error.strerror or error}",
+            f"could not write {path}: {getattr(error, 'strerror', None) or error}",
             "free some space or choose another place; what was finished before is still there",
         ) from error
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from deltatune.cli import options
 from deltatune.errors import UserError
@@ -64,8 +63,8 @@ def command(
     if json:
         print(dumps(records(done.results, done.failed), ensure_ascii=False, indent=2))
     else:
-        Console(soft_wrap=False).print(terminal_table(rows(done.results, done.failed)))
-    progress.console.print(f"report: {done.report}")
+        options.table_console().print(terminal_table(rows(done.results, done.failed)))
+    progress.say(f"report: {done.report}")
     if done.failed:
         raise UserError(
             f"{len(done.failed)} of {len(done.failed) + len(done.results)} runs failed; the others are in the report",

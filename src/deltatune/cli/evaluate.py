@@ -4,7 +4,6 @@ from json import dumps
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from deltatune.cli import options
@@ -43,4 +42,4 @@ def command(
         return
     table = Table("split", *figures, box=None)
     table.add_row(split, *(f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for value in figures.values()))
-    Console().print(table)
+    options.table_console().print(table)

@@ -5,9 +5,9 @@ import os
 import sys
 
 import typer
-from click.exceptions import ClickException
 from rich.console import Console
 from rich.markup import escape
+from typer.exceptions import TyperException
 
 from deltatune.cli import compare, evaluate, methods, predict, tune
 from deltatune.errors import UserError
@@ -31,20 +31,19 @@ def _settings() -> None:
 
 def main() -> None:
     """Runs the command line. What a user can mend becomes one message with a hint on stderr, and an exit code."""
-    console = Console(stderr=True, highlight=False)
     try:
-        code = app(standalone_mode=False)
+        code = _run()
         sys.stdout.flush()
     except UserError as error:
-        console.print(f"[bold red]error:[/] {escape(error.message)}", soft_wrap=True)
-        if error.hint:
-            console.print(f"[bold]hint:[/] {escape(error.hint)}", soft_wrap=True)
+        _tell(error.message, error.hint)
         code = 1
-    except ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        console.print("interrupted: what was finished is kept; the same command goes on from there")
+    except TyperException as error:
+        code = 2
+        if message := error.format_message():  # none where help was shown for want of a command
+            path = context.command_path if (context := getattr(error, "ctx", None)) else "deltatune"
+            _tell(message[0].lower() + message[1:].rstrip("."), f"see {path} --help")
+    except KeyboardInterrupt:
+        _console().print("interrupted: finished runs are kept; the same command goes on from there", soft_wrap=True)
         code = 130
     except BrokenPipeError:  # the reader of our output has gone, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,7 +51,31 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("DELTATUNE_DEBUG"):
             raise
-        console.print(f"[bold red]error:[/] unexpected {type(error).__name__}: {escape(str(error))}", soft_wrap=True)
-        console.print("[bold]hint:[/] this is a fault of ours; DELTATUNE_DEBUG=1 shows where it happened")
+        _tell(
+            f"unexpected {type(error).__name__}: {error}",
+            "this is a fault of ours; DELTATUNE_DEBUG=1 shows where it happened",
+        )
         code = 70
     sys.exit(code)
+
+
+def _run() -> int:
+    # Typer's own `main` would end at Ctrl-C and at a closed pipe without a word; here they arrive as they are.
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("deltatune", sys.argv[1:]) as context:
+            command.invoke(context)
+    except typer.Exit as done:  # after --help
+        return done.exit_code
+    return 0
+
+
+def _tell(message: str, hint: str) -> None:
+    console = _console()
+    console.print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+    if hint:
+        console.print(f"[bold]hint:[/] {escape(hint)}", soft_wrap=True)
+
+
+def _console() -> Console:
+    return Console(stderr=True, highlight=False, emoji=False)

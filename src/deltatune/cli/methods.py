@@ -4,7 +4,6 @@ import json as jsonlib
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from deltatune.cli import options
@@ -40,7 +39,7 @@ def command(
         )
         for option in method["options"]:
             table.add_row(option["name"], jsonlib.dumps(option["default"]), option["help"])
-        Console().print(table)
+        options.table_console().print(table)
         return
     methods = describe_all()
     if json:
@@ -49,4 +48,4 @@ def command(
     table = Table("method", "family", "what it does", "merges", "paper", box=None)
     for method in methods:
         table.add_row(method["name"], method["family"], method["summary"], method["merges"], method["paper"])
-    Console().print(table)
+    options.table_console().print(table)

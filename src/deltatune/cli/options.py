@@ -1,9 +1,10 @@
-"""Options that several commands share."""
+"""What several commands share: their options, and the console that their tables go to."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 Base = Annotated[str, typer.Option(help="Base model: minilm, a local folder, or a hub id with an optional @revision.")]
 Data = Annotated[str, typer.Option(help="Data: rotten-tomatoes, a CSV, TSV, JSONL, JSON or Parquet file, or a hub id.")]
@@ -24,7 +25,7 @@ AdapterFolder = Annotated[Path, typer.Argument(help="Folder that `tune` or `comp
 def data_choice(name: str, text: list[str] | None, label: str, train: int | None) -> dict[str, Any]:
     """The `data` part of an experiment as flags give it; what was not given is left out."""
     given = {"name": name, "text": text, "label": label, "train": train}
-    return {key: value for key, value in given.items() if value}
+    return {key: value for key, value in given.items() if value not in (None, "", [])}
 
 
 def training(
@@ -35,3 +36,9 @@ def training(
 
     named = {"epochs": epochs, "learning_rate": learning_rate, "precision": precision}
     return {key: value for key, value in named.items() if value is not None} | dict(map(parse_option, settings or []))
+
+
+def table_console() -> Console:
+    """Stdout for tables: as wide as the terminal; in a pipe or file wide enough for whole lines."""
+    console = Console(highlight=False, emoji=False)
+    return console if console.is_terminal else Console(highlight=False, emoji=False, width=max(120, console.width))

@@ -24,7 +24,8 @@ def command(
 ) -> None:
     """Labels each line of a file, or of stdin; prints one JSON object for each, in the same order.
 
-    A line that starts with { is read as JSON with the keys "text" and, for sentence pairs, "pair".
+    A line that starts with { is read as JSON with the keys "text" and, for sentence pairs, "pair". Empty lines are
+    left out.
     """
     from deltatune.training.saved import open_adapter, predict, read_texts
 

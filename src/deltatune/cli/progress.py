@@ -5,6 +5,7 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from deltatune.comparing.experiment import Cell
 from deltatune.comparing.results import CellResult, FailedCell
@@ -18,15 +19,16 @@ class RunProgress:
     """
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False)
+        console = Console(stderr=True, highlight=False, emoji=False)
         self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            TextColumn("{task.description}", table_column=Column()),  # wraps where the terminal is narrow
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TextColumn("{task.fields[state]}"),
             TimeRemainingColumn(),
-            console=self.console,
+            console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
 
     def __enter__(self) -> Self:
@@ -43,10 +45,10 @@ class RunProgress:
         name = f"{cell.method.label}, seed {cell.seed}"
         match news:
             case CellResult():
-                took = f"{news.train_seconds:.0f} s of training"
-                self._say(f"{name}: accuracy {news.accuracy:.1%} on test, {took}")
+                ran = f"{news.train_seconds:.0f} s of training" if self._bar.task_ids else "kept from before"
+                self.say(f"{name}: accuracy {news.accuracy:.1%} on test, {ran}")
             case FailedCell():
-                self._say(f"{name}: failed: {news.reason}")
+                self.say(f"{name}: failed: {news.reason}")
             case _:
                 self.show(name, news)
 
@@ -58,14 +60,15 @@ class RunProgress:
                 self._task = self._bar.add_task(name, total=event.steps, state="")
             case Step():
                 speed = event.examples / event.seconds
-                state = f"loss {event.loss:.3f}  {speed:.0f} examples/s{self._accuracy}"
+                state = f"loss {event.loss:.3f}  {speed:.0f} ex/s{self._accuracy}"
                 self._bar.update(self._task, completed=event.step, state=state)
             case Evaluated():
-                self._accuracy = f"  validation {event.accuracy:.1%}"
+                self._accuracy = f"  val {event.accuracy:.1%}"
             case Finished():
                 self._bar.update(self._task, state="testing and saving")
 
-    def _say(self, words: str) -> None:
+    def say(self, words: str) -> None:
+        """Leaves a line, in place of the bar of the run that is over."""
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
-        self.console.print(words, soft_wrap=True, markup=False)
+        self._bar.console.print(words, soft_wrap=True, markup=False)

@@ -56,6 +56,4 @@ def command(
         progress.watch(cell, result)
     if json:
         print(dumps(records([result])[0], ensure_ascii=False, indent=2))
-    progress.console.print(
-        f"adapter: {out / ADAPTER}  ({result.adapter_bytes:,} bytes, {result.trainable:,} parameters)"
-    )
+    progress.say(f"adapter: {out / ADAPTER}  ({result.adapter_bytes:,} bytes, {result.trainable:,} parameters)")

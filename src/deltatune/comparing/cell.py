@@ -7,6 +7,7 @@ FOLDER/events.jsonl   what happened, line by line
 FOLDER/adapter/       what was trained
 FOLDER/result.json    what came out; there only when all is done
 FOLDER/failed.json    why it did not
+FOLDER/stderr.log     what libraries said, and where a failure happened
 """
 
 import sys
@@ -27,12 +28,20 @@ from deltatune.training.events import Event, EventFile, Listener, Step
 from deltatune.training.memory import peak, resident
 from deltatune.training.tune import Tuned, ignore, tune
 
-SPEC, EVENTS, RESULT, FAILED, ADAPTER = "spec.json", "events.jsonl", "result.json", "failed.json", "adapter"
+SPEC, EVENTS, RESULT, ADAPTER = "spec.json", "events.jsonl", "result.json", "adapter"
+FAILED, LOG = "failed.json", "stderr.log"
+
+
+def prepare_folder(cell: Cell, folder: Path) -> None:
+    """Writes the cell's spec and takes away what an earlier try came to."""
+    write_json(folder / SPEC, cell.model_dump(mode="json"))
+    for name in (RESULT, FAILED):
+        (folder / name).unlink(missing_ok=True)
 
 
 def run_cell(cell: Cell, folder: Path, listen: Listener = ignore) -> CellResult:
     """Trains and tests one cell and leaves its record in `folder`; `result.json` is written last."""
-    write_json(folder / SPEC, cell.model_dump(mode="json"))
+    prepare_folder(cell, folder)
     data = read_data(cell)
     baseline = resident()
     base = load(cell.base, revision=cell.base_revision, labels=data.labels, seed=cell.seed)
@@ -100,12 +109,12 @@ def _save(tuned: Tuned, data: TextData, cell: Cell, folder: Path) -> None:
         training=tuned.settings.model_dump(mode="json"),
         max_length=tuned.max_length,
         seed=cell.seed,
+        pairs=data.train.pairs is not None,
     )
 
 
 def main(folder: Path) -> int:
     """Runs the cell of `folder/spec.json`, telling its events on stdout; a failure is written to failed.json."""
-    (folder / FAILED).unlink(missing_ok=True)
     cell = Cell.model_validate(read_json(folder / SPEC))
     with EventFile(Path("/dev/stdout")) as tell:
         try:
@@ -115,9 +124,8 @@ def main(folder: Path) -> int:
             return 1
         except Exception as error:
             traceback.print_exc()
-            write_json(
-                folder / FAILED, {"reason": f"{type(error).__name__}: {error}", "hint": "this is a fault of ours"}
-            )
+            hint = f"this is a fault of ours; see {folder / LOG}"
+            write_json(folder / FAILED, {"reason": f"{type(error).__name__}: {error}", "hint": hint})
             return 1
     return 0
 

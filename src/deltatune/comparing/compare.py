@@ -8,6 +8,7 @@ FOLDER/results.csv  report.html  plots/
 import os
 import platform
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -44,13 +45,14 @@ class Comparison:
     report: Path
 
 
-def compare(experiment: Experiment, folder: Path, watch: Watcher = lambda cell, news: None) -> Comparison:
+def compare(experiment: Experiment, folder: Path | str, watch: Watcher = lambda cell, news: None) -> Comparison:
     """Runs every cell that is not finished yet and writes results.csv and report.html.
 
     Everything that can be wrong is looked for first: base, data, hyperparameters and targets of every method. A cell
     that fails is noted with its reason, and the others go on. Raises `UserError` for what is wrong beforehand.
     """
     check_installed()
+    folder = Path(folder)
     place = find_base(experiment.base)
     data = read_data(experiment.cells()[0])
     matched = _check_methods(experiment, place, data)
@@ -65,8 +67,9 @@ def compare(experiment: Experiment, folder: Path, watch: Watcher = lambda cell, 
         cell_folder = folder / "cells" / cell.id
         kept = finished(cell_folder)
         if kept is None:
-            for event in run_process(cell, cell_folder):
-                watch(cell, event)
+            with closing(run_process(cell, cell_folder)) as events:  # the process ends with us, whatever happens here
+                for event in events:
+                    watch(cell, event)
         result = kept or outcome(cell, cell_folder)
         watch(cell, result)
         if isinstance(result, FailedCell):

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -14,7 +14,10 @@ from deltatune.errors import UserError, nearest
 from deltatune.methods import Method, make, options_of, parse
 from deltatune.training.settings import Training
 
-_STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+_STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+_EXAMPLE = "an experiment is a mapping, such as  methods: [full, lora]"
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class DataChoice(BaseModel):
@@ -47,7 +50,9 @@ class MethodChoice(BaseModel):
     model_config = _STRICT
 
     method: str
+    """Its name, as `deltatune methods` lists it."""
     options: dict[str, Any] = {}
+    """Its hyperparameters, such as rank: 8."""
     label: str = ""
     """What tables and plots call it; made from the name and the options where left out."""
     learning_rate: float | None = Field(None, gt=0)
@@ -63,6 +68,8 @@ class MethodChoice(BaseModel):
         if not (isinstance(value, Mapping) and isinstance(value.get("method"), str)):
             return value
         name, options = value["method"], value.get("options") or {}
+        if not isinstance(options, Mapping):
+            return value
         label = value.get("label") or _label(name, options)
         return {**value, "label": label, "options": options_of(make(name, options))}
 
@@ -82,7 +89,7 @@ class Cell(BaseModel):
     data_revision: str = ""
     method: MethodChoice
     training: Training
-    seed: int
+    seed: Seed
 
     @property
     def id(self) -> str:
@@ -103,7 +110,7 @@ class Experiment(BaseModel):
     """A name, or a mapping with columns and limits."""
     methods: tuple[MethodChoice, ...] = Field(default_factory=lambda: _methods("full", "head", "lora"), min_length=1)
     """Names, names with options (`lora:rank=4`), or mappings with a label or learning rate of their own."""
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: tuple[Seed, ...] = Field((0,), min_length=1)
     """Each method runs once with every seed."""
     training: Training = Training()
     """Settings that all methods share."""
@@ -143,13 +150,13 @@ class Experiment(BaseModel):
         return self.training.model_copy(update={"learning_rate": rate})
 
 
-def read_experiment(path: Path | None, changes: Mapping[str, Any]) -> Experiment:
+def read_experiment(path: Path | str | None, changes: Mapping[str, Any] | None = None) -> Experiment:
     """The experiment of a file, or the default one, with `changes` in place of what it says.
 
     In `data` and `training` single keys are changed. Raises `UserError` that names a wrong key or value.
     """
-    content = _read_yaml(path) if path else {}
-    for key, value in changes.items():
+    content = _read_yaml(Path(path)) if path else {}
+    for key, value in (changes or {}).items():
         old = content.get(key)
         if isinstance(value, Mapping) and isinstance(old, str):
             old = {"name": old}
@@ -161,11 +168,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"could not read {path}: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"could not read {path}: {reason}", "give a YAML file, or flags alone") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise UserError(f"{path} is no valid YAML{where}: {problem}", _EXAMPLE) from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} holds no experiment", "see the files in experiments/ for examples")
+        raise UserError(f"{path} holds no experiment", _EXAMPLE)
     return content
 
 
@@ -179,15 +190,33 @@ def make_experiment(content: Mapping[str, Any], source: str = "the experiment") 
 
 
 def _readable(error: ValidationError, source: str) -> UserError:
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"])
+    every = error.errors()
+    first = next(
+        (one for one in every if one["type"] == "extra_forbidden"), every[0]
+    )  # a typo may leave others missing
+    place, name = ".".join(map(str, first["loc"])), str(first["loc"][-1])
+    part = _PARTS.get(first["loc"][0], Experiment) if len(first["loc"]) > 1 else Experiment
     if first["type"] == "extra_forbidden":
-        parts: dict[Any, type[BaseModel]] = {"data": DataChoice, "methods": MethodChoice, "training": Training}
-        part = parts.get(first["loc"][0], Experiment)
-        known = nearest(str(first["loc"][-1]), part.model_fields)
-        return UserError(f"{source}: there is no setting '{place}'", f"nearest: {', '.join(known)}")
-    given = "" if first["type"] == "missing" else f" (given: {first['input']!r})"
-    return UserError(f"{source}: {place}: {first['msg'].lower()}{given}")
+        return UserError(
+            f"{source}: there is no setting '{place}'", f"nearest: {', '.join(nearest(name, part.model_fields))}"
+        )
+    known = part.model_fields.get(name) or Experiment.model_fields.get(str(first["loc"][0]))
+    hint = f"{place}: {known.description}" if known else ""
+    if first["type"] == "missing":
+        return UserError(f"{source}: {place} is missing", hint)
+    wanted = _WANTED.get(first["type"]) or re.sub(r"^Input |, (unable|got) .*", "", first["msg"])
+    return UserError(f"{source}: {place} {wanted}, not {first['input']!r}", hint)
+
+
+_PARTS: Mapping[Any, type[BaseModel]] = {"data": DataChoice, "methods": MethodChoice, "training": Training}
+_WANTED = {
+    "tuple_type": "should be a list",
+    "too_short": "should have one entry at least",
+    "model_type": "should be a mapping",
+    "dict_type": "should be a mapping",
+    "invalid_key": "should be a word",
+}
+"""What pydantic would say in Python's words."""
 
 
 def _label(name: str, options: Mapping[str, Any]) -> str:

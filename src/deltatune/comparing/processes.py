@@ -6,17 +6,15 @@ A cell is data in its folder: what stands there says whether it is finished, and
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
-from deltatune.comparing.cell import FAILED, RESULT, SPEC
+from deltatune.comparing.cell import FAILED, LOG, RESULT, prepare_folder
 from deltatune.comparing.experiment import Cell
 from deltatune.comparing.results import CellResult, FailedCell
 from deltatune.errors import UserError
 from deltatune.files import read_json, write_json
 from deltatune.training.events import Event, parse_event
-
-LOG = "stderr.log"
 
 
 def finished(folder: Path) -> CellResult | None:
@@ -29,33 +27,34 @@ def finished(folder: Path) -> CellResult | None:
         return None
 
 
-def run_process(cell: Cell, folder: Path) -> Iterator[Event]:
+def run_process(cell: Cell, folder: Path) -> Generator[Event, None, None]:
     """Runs a cell in a new process, passing on its events; it ends with the process. See `outcome` for what came out.
 
     When the caller stops listening (Ctrl-C among others) the process is ended, too.
     """
-    write_json(folder / SPEC, cell.model_dump(mode="json"))
-    (folder / RESULT).unlink(missing_ok=True)
-    with (folder / LOG).open("wb") as log:
+    prepare_folder(cell, folder)
+    with (
+        (folder / LOG).open("wb") as log,
         # A session of its own: Ctrl-C reaches this process alone, which then ends the other in order.
-        process = subprocess.Popen(
+        subprocess.Popen(
             [sys.executable, "-m", "deltatune.comparing.cell", str(folder)],
             stdout=subprocess.PIPE,
             stderr=log,
             encoding="utf-8",
+            errors="replace",
             start_new_session=True,
-        )
+        ) as process,
+    ):
+        assert process.stdout is not None
         try:
-            assert process.stdout is not None
             for line in process.stdout:
                 if line.endswith("\n") and line.startswith('{"event"'):
                     yield parse_event(line)
             process.wait()
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    if process.returncode and not (folder / FAILED).is_file():
+        except BaseException:  # Ctrl-C, or nobody listens any more
+            process.terminate()
+            raise
+    if not any((folder / name).is_file() for name in (RESULT, FAILED)):
         write_json(folder / FAILED, _died(process.returncode, folder))
 
 

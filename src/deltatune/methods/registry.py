@@ -32,7 +32,11 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("tuple[", "str")))
-        raise UserError(f"{name}: {place} = {first['input']!r}: {first['msg'].lower()}") from error
+        schema = TypeAdapter(kind).json_schema()["properties"].get(place.partition(".")[0], {})
+        hint = (
+            f"{place}: {schema['description']}" if "description" in schema else f"`deltatune methods {name}` lists them"
+        )
+        raise UserError(f"{name}: {place} = {first['input']!r}: {first['msg'].lower()}", hint) from error
 
 
 def parse(words: str) -> tuple[str, dict[str, Any]]:

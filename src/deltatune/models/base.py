@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -70,8 +71,13 @@ def load(
 
 def outline(place: Place, *, labels: Sequence[str]) -> PreTrainedModel:
     """The base as a classifier on the meta device: its layers and shapes, without any weight."""
-    with _quiet(), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(_config(place, labels))
+    try:
+        with _quiet(), torch.device("meta"):
+            model: PreTrainedModel = AutoModelForSequenceClassification.from_config(_config(place, labels))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"'{place.id}' cannot be built: {_first_line(error)}", "is its config.json the right one?"
+        ) from error
     return model
 
 
@@ -126,6 +132,25 @@ def _check_folder(folder: Path) -> None:
             "other formats can run code when read; convert it with save_pretrained(…, safe_serialization=True)",
         )
 
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt"):  # the header must fit the file: what was cut off shows here
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} is damaged: {_first_line(error)}", "is the download complete?") from error
+    if not any((folder / name).is_file() for name in _VOCABULARIES):  # Transformers would make up an empty one
+        raise UserError(f"{folder} has no tokenizer", "put tokenizer.json beside config.json")
+
+
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
 
 def _config(place: Place, labels: Sequence[str]) -> PreTrainedConfig:
     try:
@@ -156,7 +181,7 @@ def _model(place: Place, config: PreTrainedConfig, dtype: torch.dtype) -> PreTra
             ignore_mismatched_sizes=True,  # a head of another task has another number of labels
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"could not load '{place.id}': {_first_line(error)}", "is the download complete?") from error
     fresh = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     model.newly_initialised = tuple(sorted({key.rpartition(".")[0] for key in fresh}))

@@ -73,7 +73,9 @@ def ending(entry: str) -> re.Pattern[str]:
     try:
         return re.compile(rf"(?:.*\.)?(?:{entry})")
     except re.error as error:
-        raise UserError(f"target '{entry}' is no valid regular expression: {error}") from error
+        raise UserError(
+            f"target '{entry}' is no valid regular expression: {error}", "a name alone will do, such as query"
+        ) from error
 
 
 def _nothing(model: nn.Module, entry: str, roles: Mapping[str, Role]) -> UserError:

@@ -45,7 +45,7 @@ def evaluate(model: PreTrainedModel, tokens: Tokens, precision: Computed, batch_
     predictions = logits.argmax(1)
     return Scores(
         loss=F.cross_entropy(logits, labels).item(),
-        accuracy=(predictions == labels).float().mean().item(),
+        accuracy=(predictions == labels).double().mean().item(),
         macro_f1=float(f1_score(labels, predictions, average="macro")),
         labels=labels.tolist(),
         predictions=predictions.tolist(),

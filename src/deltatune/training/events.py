@@ -5,6 +5,7 @@ On disk an event is one line of JSON, so that a half-written last line harms not
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -105,7 +106,8 @@ class EventFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with suppress(OSError):  # what could not be written was said when it was tried
+            self._file.close()
 
 
 def read_events(path: Path) -> Iterator[Event]:

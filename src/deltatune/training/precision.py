@@ -9,7 +9,7 @@ from torch import nn
 from deltatune.errors import UserError
 
 Computed = Literal["fp32", "bf16"]
-Precision = Literal["auto"] | Computed
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 def resolve(precision: Precision, device: torch.device | str = "cpu") -> Computed:

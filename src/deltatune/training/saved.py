@@ -11,7 +11,8 @@ from deltatune.data import Split, TextData, load_data
 from deltatune.data.tokens import length_limit, tokenize
 from deltatune.errors import UserError
 from deltatune.models.adapters import SavedAdapter, load_adapter, read_adapter
-from deltatune.models.base import Base, load
+from deltatune.models.base import Base, find_base, load
+from deltatune.training.attention import choose_attention
 from deltatune.training.evaluation import Scores, evaluate
 from deltatune.training.precision import Computed, Precision, prepare, resolve
 
@@ -28,7 +29,16 @@ class Ready:
     max_length: int
 
     def scores(self, split: Split) -> Scores:
-        """Scores on a split whose labels are numbered as the adapter's."""
+        """Scores on a split whose labels are numbered as the adapter's.
+
+        Raises `UserError` for single texts where it was trained on pairs, and the other way round.
+        """
+        pairs = split.pairs is not None
+        if self.saved.about.get("pairs", pairs) != pairs:
+            raise UserError(
+                f"this adapter was trained on {'single texts' if pairs else 'pairs of texts'}",
+                f"give {'one text' if pairs else 'two texts'} for each label",
+            )
         return evaluate(self.base.model, tokenize(split, self.base.tokenizer, self.max_length), self.precision)
 
 
@@ -40,26 +50,39 @@ def open_adapter(folder: Path, *, base: str = "", precision: str = "") -> Ready:
     saved = read_adapter(folder)
     if not (base or saved.base):
         raise UserError(f"{saved.folder} does not say which base it is for", "name it with --base")
-    loaded = load(base or saved.base, revision="" if base else saved.revision, labels=saved.labels)
+    revision = "" if base else saved.revision
+    try:
+        find_base(base or saved.base, revision)
+    except UserError as error:
+        hint = error.hint if base else f"{saved.folder} was trained on it; say where it is now with --base"
+        raise UserError(error.message, hint) from error
+    loaded = load(base or saved.base, revision=revision, labels=saved.labels)
     load_adapter(loaded.model, saved)
     trained = saved.about.get("training", {}).get("precision", "auto")
     computed = resolve(cast(Precision, precision or trained))
     prepare(loaded.model, computed)
     limit = length_limit(loaded.tokenizer, loaded.model.config, saved.about.get("max_length", 256))
+    choose_attention(loaded.model, limit)
     return Ready(saved, loaded, computed, limit)
 
 
 def score(ready: Ready, name: str, split: str, text: tuple[str, ...] = (), label: str = "") -> Scores:
-    """Scores a saved adapter on a split of the named data, or of the data that it was trained on."""
+    """Scores a saved adapter on a split of the named data, or of the very rows that it was trained and tested on."""
     if split not in (*SPLITS, "all"):
         raise UserError(f"there is no split '{split}'", f"use {', '.join(SPLITS)} or all")
     trained_on = ready.saved.about.get("data", {})
-    name = name or trained_on.get("name", "")
-    if not name:
+    if not (name or trained_on):
         raise UserError("this adapter does not say what it was trained on", "name the data with --data")
-    if name == trained_on.get("name"):
+    if name in ("", trained_on.get("name")):
         text, label = text or tuple(trained_on["text"]), label or trained_on["label"]
-    data = load_data(name, text=text, label=label)
+    data = load_data(name or trained_on["name"], text=text, label=label)
+    if not name:
+        if data.revision != trained_on["revision"]:
+            raise UserError(
+                f"the data '{data.name}' changed since this adapter was trained on it",
+                "its test rows may be ones that it was trained on; name it with --data to score it all the same",
+            )
+        data = data.limited(trained_on["train"], trained_on["validation"], trained_on["test"], seed=0)
     names = SPLITS if split == "all" else (split,)
     return ready.scores(_joined([_renumbered(getattr(data, part), data, ready.saved) for part in names]))
 
@@ -74,16 +97,21 @@ def predict(ready: Ready, texts: Split) -> Iterator[dict[str, Any]]:
 
 
 def read_texts(source: str) -> Split:
-    """The texts of a file, or of stdin for `-`: one a line, plain or JSON with "text" and, for pairs, "pair"."""
+    """The texts of a file, or of stdin for `-`: one a line, plain or JSON with "text" and, for pairs, "pair".
+
+    Empty lines are left out.
+    """
+    name = "stdin" if source == "-" else source
     try:
-        content = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8-sig")
+        content = (sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()).decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"could not read {source}: {error.strerror}") from error
+        raise UserError(f"could not read {name}: {error.strerror}", "name a file of texts, or - for stdin") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{source} is no text in UTF-8: {error.reason} at byte {error.start}") from error
-    rows = [_row(line, f"line {n} of {source}") for n, line in enumerate(content.splitlines(), 1) if line.strip()]
+        raise UserError(f"{name} is not in UTF-8: {error.reason} at byte {error.start}", "save it as UTF-8") from error
+    # Only a line feed ends a line: JSON may hold the other characters that `splitlines` would split at.
+    rows = [_row(line, f"line {n} of {name}") for n, line in enumerate(content.split("\n"), 1) if line.strip()]
     if not rows:
-        raise UserError(f"{'stdin' if source == '-' else source} has no text", "give one text a line")
+        raise UserError(f"{name} has no text", "give one text a line")
     paired = [row for row in rows if len(row) == 2]
     if paired and len(paired) != len(rows):
         raise UserError("some lines have a pair and some have none", "give a pair on every line or on none")
@@ -97,7 +125,7 @@ def _row(line: str, where: str) -> tuple[str, ...]:
     try:
         fields = json.loads(line)
     except ValueError as error:
-        raise UserError(f"{where} is not valid JSON: {error}") from error
+        raise UserError(f"{where} is not valid JSON: {error}", 'write it as {"text": "…"}') from error
     row = tuple(fields[key] for key in ("text", "pair") if key in fields)
     if "text" not in fields or not all(isinstance(text, str) for text in row):
         raise UserError(f'{where} has no "text" that is a string', 'write it as {"text": "…"}')

@@ -10,7 +10,7 @@ from deltatune.training.precision import Precision
 class Training(BaseModel):
     """Settings of a training run. The same for every method of a comparison, but for the learning rate."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
     epochs: float = Field(2.0, gt=0)
     """Passes over the training split; parts of one are allowed."""

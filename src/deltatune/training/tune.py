@@ -8,6 +8,7 @@ from deltatune.dropout import replace_dropout
 from deltatune.methods import Method
 from deltatune.models.attach import attach
 from deltatune.models.base import Base
+from deltatune.training.attention import choose_attention
 from deltatune.training.evaluation import Scores
 from deltatune.training.events import Finished, Listener
 from deltatune.training.loop import train
@@ -55,6 +56,7 @@ def tune(
     prepare(model, precision)
     replace_dropout(model)
     limit = length_limit(base.tokenizer, model.config, settings.max_length)
+    choose_attention(model, limit)
     examples = tokenize(data.train, base.tokenizer, limit)
     validation: Tokens = tokenize(data.validation, base.tokenizer, limit)
     finished, scores = train(

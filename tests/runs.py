@@ -1,0 +1,62 @@
+"""Comparisons in folders of their own: started, waited for, looked at."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from command import Outcome, deltatune, write_reviews
+from tiny import save_tiny
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder, and the words of the command that makes it."""
+
+    folder: Path
+    words: tuple[object, ...]
+
+    def start(self, *more: object) -> Outcome:
+        """Runs the command, or goes on with it, in this process."""
+        return deltatune(*self.words, *more)
+
+    def cell(self, label: str) -> Path:
+        """The folder of the only cell of that name."""
+        [folder] = (self.folder / "cells").glob(f"{label}-seed*")
+        return folder
+
+    def times(self, label: str) -> dict[Path, int]:
+        """When each file of a cell was last written."""
+        return {path: path.stat().st_mtime_ns for path in self.cell(label).rglob("*")}
+
+
+def write_run(place: Path, **content: Any) -> Run:
+    """A tiny base, data and an experiment file with this content; nothing is started."""
+    save_tiny(place / "base", "bert")
+    data = write_reviews(place / "reviews.csv")
+    whole = {"base": str(place / "base"), "data": str(data), **content}
+    (place / "experiment.yaml").write_text(yaml.safe_dump(whole))
+    return Run(place / "run", ("compare", place / "experiment.yaml", "--out", place / "run"))
+
+
+def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
+    """Waits for the condition and returns what it gives."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+    return found
+
+
+def cell_processes(folder: Path) -> list[int]:
+    """The processes that run cells of the run in this folder."""
+    commands = {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            commands[int(entry.name)] = (entry / "cmdline").read_bytes().decode().split("\0")
+        except OSError:  # it has ended
+            continue
+    return [pid for pid, words in commands.items() if "deltatune.comparing.cell" in words and str(folder) in words[-2]]
