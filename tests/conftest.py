@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # also of the processes that tests start: more threads than cores only wait
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from jaxtyping import install_import_hook
@@ -18,8 +19,3 @@ install_import_hook(
     ],
     "typecheck.check",
 )
-
-import torch  # noqa: E402
-
-# The tests run side by side; more threads than cores only wait for one another.
-torch.set_num_threads(1)

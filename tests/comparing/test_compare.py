@@ -70,7 +70,7 @@ def test_a_failed_cell_is_tried_again_and_a_finished_one_is_kept(story):
 
 def test_a_run_leaves_the_folder_that_the_design_shows(story):
     assert story.second.code == 0
-    entries = {str(path.relative_to(story.run.folder)) for path in story.run.folder.iterdir()}
+    entries = {str(path.relative_to(story.run.folder)) for path in story.run.folder.iterdir()} - {".lock"}
     assert entries == {"experiment.yaml", "cells", "results.csv", "report.html", "plots"}
     for cell in (story.run.folder / "cells").iterdir():
         assert {path.name for path in cell.iterdir()} == {

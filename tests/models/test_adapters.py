@@ -82,13 +82,15 @@ def test_peft_reads_the_ranks_alphas_and_targets_of_ours(method: LoRA, tmp_path:
 
 def test_the_folder_says_what_it_is_for(tmp_path: Path) -> None:
     model = deltatune.attach(tiny_model("bert"), LoRA(rank=2, targets=("query", "value")))
-    deltatune.save_adapter(model, tmp_path / "a", base="some/base", revision="abc", labels=["나쁘다", "좋다", "grey"])
+    deltatune.save_adapter(
+        model, tmp_path / "a", base="some/base", revision="c0ffee" * 6 + "abcd", labels=["나쁘다", "좋다", "grey"]
+    )
     config = json.loads((tmp_path / "a" / CONFIG).read_text())
     assert config["peft_type"] == "LORA"
     assert config["r"] == 2
     assert config["target_modules"] == ["query", "value"]
     assert config["modules_to_save"] == ["classifier"]
-    assert (config["base_model_name_or_path"], config["revision"]) == ("some/base", "abc")
+    assert (config["base_model_name_or_path"], config["revision"]) == ("some/base", "c0ffee" * 6 + "abcd")
     assert list(config) == sorted(config)
     about = json.loads((tmp_path / "a" / ABOUT).read_text())
     assert about["labels"] == ["나쁘다", "좋다", "grey"]

@@ -45,9 +45,6 @@ def command(
     Run it again to go on: finished runs are kept, failed ones are tried again.
     """
     from deltatune.cli.progress import RunProgress
-    from deltatune.comparing.compare import compare
-    from deltatune.comparing.experiment import read_experiment
-    from deltatune.comparing.table import records, rows, terminal_table
 
     changes = {
         "base": base,
@@ -56,9 +53,13 @@ def command(
         "seeds": seed,
         "training": options.training(epochs, learning_rate, precision, setting),
     }
-    chosen = read_experiment(experiment, {key: value for key, value in changes.items() if value})
     folder = out or Path("runs") / (experiment.stem if experiment else "compare")
     with RunProgress() as progress:
+        from deltatune.comparing.compare import compare
+        from deltatune.comparing.experiment import read_experiment
+        from deltatune.comparing.table import records, rows, terminal_table
+
+        chosen = read_experiment(experiment, {key: value for key, value in changes.items() if value})
         done = compare(chosen, folder, progress.watch)
     if json:
         print(dumps(records(done.results, done.failed), ensure_ascii=False, indent=2))

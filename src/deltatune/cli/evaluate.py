@@ -28,9 +28,14 @@ def command(
     json: options.Json = False,
 ) -> None:
     """Scores a saved adapter: loss, accuracy and macro-F1."""
-    from deltatune.training.saved import open_adapter, score
+    from deltatune.cli.progress import waiting
 
-    scores = score(open_adapter(folder, base=base, precision=precision or ""), data, split, tuple(text or ()), label)
+    with waiting("loading and scoring"):
+        from deltatune.training.saved import open_adapter, score
+
+        scores = score(
+            open_adapter(folder, base=base, precision=precision or ""), data, split, tuple(text or ()), label
+        )
     figures = {
         "examples": len(scores.labels),
         "accuracy": scores.accuracy,

@@ -2,7 +2,10 @@
 
 import logging
 import os
+import signal
 import sys
+from importlib.metadata import version
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -23,14 +26,25 @@ for module in (compare, tune, evaluate, predict, methods):
     app.command(name=module.__name__.rpartition(".")[2], epilog=module.EXAMPLES)(module.command)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"deltatune {version('deltatune')}")
+        raise typer.Exit
+
+
 @app.callback()
-def _settings() -> None:
+def _settings(
+    show: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("deltatune").setLevel(logging.INFO)
 
 
 def main() -> None:
     """Runs the command line. What a user can mend becomes one message with a hint on stderr, and an exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # asked to end by a system or by Ctrl-C: the same
     try:
         code = _run()
         sys.stdout.flush()

@@ -27,8 +27,12 @@ def command(
     A line that starts with { is read as JSON with the keys "text" and, for sentence pairs, "pair". Empty lines are
     left out.
     """
-    from deltatune.training.saved import open_adapter, predict, read_texts
+    from deltatune.cli.progress import waiting
 
-    texts = read_texts(input)
-    for line in predict(open_adapter(folder, base=base, precision=precision or ""), texts):
+    with waiting("loading and labelling"):
+        from deltatune.training.saved import open_adapter, predict, read_texts
+
+        texts = read_texts(input)
+        lines = list(predict(open_adapter(folder, base=base, precision=precision or ""), texts))
+    for line in lines:
         print(json.dumps(line, ensure_ascii=False))

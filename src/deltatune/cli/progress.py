@@ -1,15 +1,30 @@
 """A progress bar on stderr that listens to a run: steps, loss, rate and the time left."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-from deltatune.comparing.experiment import Cell
 from deltatune.comparing.results import CellResult, FailedCell
 from deltatune.training.events import Evaluated, Event, Finished, Started, Step
+
+if TYPE_CHECKING:  # the bar is there before the seconds that torch and transformers take to import
+    from deltatune.comparing.experiment import Cell
+
+
+@contextmanager
+def waiting(words: str) -> Iterator[None]:
+    """Shows on stderr, where that is a terminal, that something takes its time."""
+    console = Console(stderr=True, highlight=False, emoji=False)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(words):
+        yield
 
 
 class RunProgress:
@@ -30,9 +45,11 @@ class RunProgress:
             transient=True,
             disable=not console.is_terminal,
         )
+        self._ran = False
 
     def __enter__(self) -> Self:
         self._bar.start()
+        self._wait()
         return self
 
     def __exit__(
@@ -40,15 +57,15 @@ class RunProgress:
     ) -> None:
         self._bar.stop()
 
-    def watch(self, cell: Cell, news: Event | CellResult | FailedCell) -> None:
+    def watch(self, cell: "Cell", news: Event | CellResult | FailedCell) -> None:
         """Listens to a comparison: a bar for the cell that runs, a line for each that is over."""
         name = f"{cell.method.label}, seed {cell.seed}"
         match news:
             case CellResult():
-                ran = f"{news.train_seconds:.0f} s of training" if self._bar.task_ids else "kept from before"
-                self.say(f"{name}: accuracy {news.accuracy:.1%} on test, {ran}")
+                ran = f"{news.train_seconds:.0f} s of training" if self._ran else "kept from before"
+                self._over(f"{name}: accuracy {news.accuracy:.1%} on test, {ran}")
             case FailedCell():
-                self.say(f"{name}: failed: {news.reason}")
+                self._over(f"{name}: failed: {news.reason}")
             case _:
                 self.show(name, news)
 
@@ -56,7 +73,8 @@ class RunProgress:
         """Shows an event of the run called `name`."""
         match event:
             case Started():
-                self._accuracy = ""
+                self._clear()
+                self._ran, self._accuracy = True, ""
                 self._task = self._bar.add_task(name, total=event.steps, state="")
             case Step():
                 speed = event.examples / event.seconds
@@ -68,7 +86,18 @@ class RunProgress:
                 self._bar.update(self._task, state="testing and saving")
 
     def say(self, words: str) -> None:
-        """Leaves a line, in place of the bar of the run that is over."""
+        """Leaves a line on the screen."""
+        self._bar.console.print(words, soft_wrap=True, markup=False)
+
+    def _over(self, words: str) -> None:
+        self.say(words)
+        self._ran = False
+        self._wait()
+
+    def _wait(self) -> None:
+        self._clear()
+        self._bar.add_task("loading", total=None, state="libraries, base and data")
+
+    def _clear(self) -> None:
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
-        self._bar.console.print(words, soft_wrap=True, markup=False)

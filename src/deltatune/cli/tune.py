@@ -37,21 +37,22 @@ def command(
 ) -> None:
     """Trains one method on a base and saves the adapter, its settings, its events and its test scores in a folder."""
     from deltatune.cli.progress import RunProgress
-    from deltatune.comparing.cell import ADAPTER, run_cell
-    from deltatune.comparing.experiment import make_experiment
-    from deltatune.comparing.table import records
-    from deltatune.methods import parse, parse_option
 
-    name, given = parse(method)
-    content = {
-        "base": base,
-        "data": options.data_choice(data, text, label, train),
-        "methods": [{"method": name, "options": given | dict(map(parse_option, set_ or []))}],
-        "seeds": [seed],
-        "training": options.training(epochs, learning_rate, precision, setting),
-    }
-    [cell] = make_experiment(content, "tune").cells()
     with RunProgress() as progress:
+        from deltatune.comparing.cell import ADAPTER, run_cell
+        from deltatune.comparing.experiment import make_experiment
+        from deltatune.comparing.table import records
+        from deltatune.methods import parse, parse_option
+
+        name, given = parse(method)
+        content = {
+            "base": base,
+            "data": options.data_choice(data, text, label, train),
+            "methods": [{"method": name, "options": given | dict(map(parse_option, set_ or []))}],
+            "seeds": [seed],
+            "training": options.training(epochs, learning_rate, precision, setting),
+        }
+        [cell] = make_experiment(content, "tune").cells()
         result = run_cell(cell, out, lambda event: progress.show(cell.method.label, event))
         progress.watch(cell, result)
     if json:

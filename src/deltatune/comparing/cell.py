@@ -105,7 +105,7 @@ def _save(tuned: Tuned, data: TextData, cell: Cell, folder: Path) -> None:
         base=tuned.base.id,
         revision=tuned.base.revision,
         labels=list(data.labels),
-        data={**cell.data.model_dump(mode="json"), "revision": data.revision},
+        data={**cell.data.model_dump(mode="json"), "name": data.place, "revision": data.revision},
         training=tuned.settings.model_dump(mode="json"),
         max_length=tuned.max_length,
         seed=cell.seed,

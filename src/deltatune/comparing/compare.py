@@ -7,8 +7,8 @@ FOLDER/results.csv  report.html  plots/
 
 import os
 import platform
-from collections.abc import Callable, Mapping
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from deltatune.comparing.cell import EVENTS, read_data
 from deltatune.comparing.experiment import Cell, Experiment
@@ -25,7 +26,7 @@ from deltatune.comparing.results import CellResult, FailedCell
 from deltatune.comparing.table import write_csv
 from deltatune.data import TextData
 from deltatune.errors import UserError
-from deltatune.files import write_text
+from deltatune.files import disk_errors, write_text
 from deltatune.models.attach import attach
 from deltatune.models.base import Place, find_base, outline
 from deltatune.training.events import Event, read_events
@@ -56,6 +57,13 @@ def compare(experiment: Experiment, folder: Path | str, watch: Watcher = lambda 
     place = find_base(experiment.base)
     data = read_data(experiment.cells()[0])
     matched = _check_methods(experiment, place, data)
+    with _alone(folder):
+        return _run(experiment, folder, watch, place, data, matched)
+
+
+def _run(
+    experiment: Experiment, folder: Path, watch: Watcher, place: Place, data: TextData, matched: Mapping[str, str]
+) -> Comparison:
     cells = experiment.cells(place.id, place.revision, data.revision)
     resolved = _resolved(experiment, cells, place, data, matched)
     write_text(folder / "experiment.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=120))
@@ -80,6 +88,23 @@ def compare(experiment: Experiment, folder: Path | str, watch: Watcher = lambda 
     write_csv(folder / "results.csv", results, failed)
     report = write_report(folder, resolved, results, failed, curves)
     return Comparison(folder, results, failed, report)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keeps a second comparison from writing to the same folder meanwhile."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            hint = "wait for it to end, or choose another folder with --out"
+            raise UserError(f"another comparison is running in {folder}", hint) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check_methods(experiment: Experiment, place: Place, data: TextData) -> dict[str, str]:

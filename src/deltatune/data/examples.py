@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from deltatune.data.stratify import spread
 from deltatune.errors import UserError
@@ -47,6 +48,14 @@ class TextData:
     """Rows dropped before splitting because the same text stands in another row."""
     incomplete: int = 0
     """Rows dropped because their text or their label is missing."""
+
+    @property
+    def place(self) -> str:
+        """The name that finds the same data again, from any folder: a path in full, a hub id with its commit."""
+        if self.revision.startswith("sha256:"):
+            return str(Path(self.name).expanduser().resolve())
+        on_hub = len(self.revision) == 40 and "/" in self.name
+        return f"{self.name.partition('@')[0]}@{self.revision}" if on_hub else self.name
 
     def limited(self, train: int | None, validation: int | None, test: int | None, seed: int) -> "TextData":
         """The same data with at most so many rows a split, drawn by `seed` with each label's share kept.

@@ -7,6 +7,7 @@
 A folder that PEFT wrote lacks the last one and loads as well.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from deltatune.models.roles import linear_roles
 
 CONFIG, TENSORS, ABOUT = "adapter_config.json", "adapter_model.safetensors", "deltatune.json"
 _PREFIX = "base_model.model."
+_RECORD = {"format", "base", "method", "options", "head", "sha256"}
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,7 @@ def read_adapter(folder: Path | str) -> SavedAdapter:
         raise UserError(
             f"{folder.parent} holds no adapter: there is no {CONFIG}", "give the folder that `tune --out` wrote"
         )
-    about = read_json(folder / ABOUT) if (folder / ABOUT).is_file() else {}
-    for name, digest in about.get("sha256", {}).items():
-        if name in (CONFIG, TENSORS) and (not (folder / name).is_file() or sha256(folder / name) != digest):
-            raise UserError(
-                f"{folder / name} is damaged: it is not the file that was saved", "train it again, or restore a copy"
-            )
+    about = _read_record(folder)
     config = read_json(folder / CONFIG)
     tensors = _read_tensors(folder / TENSORS)
     if about:
@@ -170,6 +167,21 @@ def _check(saved: SavedAdapter, wanted: Mapping[str, Tensor]) -> None:
             )
 
 
+def _read_record(folder: Path) -> dict[str, Any]:
+    """Our own record of an adapter, with the files beside it checked against it; empty where PEFT wrote the folder."""
+    if not (folder / ABOUT).is_file():
+        return {}
+    about = read_json(folder / ABOUT)
+    mend = "train it again, or restore a copy"
+    if not (isinstance(about, dict) and about.keys() >= _RECORD):
+        raise UserError(f"{folder / ABOUT} is damaged: it is no record of an adapter", mend)
+    for name in (CONFIG, TENSORS):
+        wanted = about["sha256"].get(name)
+        if wanted and not ((folder / name).is_file() and sha256(folder / name) == wanted):
+            raise UserError(f"{folder / name} is damaged: it is not the file that was saved", mend)
+    return about
+
+
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path} is missing", "adapters in other formats (.bin) are not read: they can run code")
@@ -209,7 +221,7 @@ def _peft_config(model: nn.Module, done: Attachment, base: str, revision: str) -
         "task_type": "SEQ_CLS" if done.head else None,
         "auto_mapping": None,
         "base_model_name_or_path": base or None,
-        "revision": revision or None,
+        "revision": revision if re.fullmatch("[0-9a-f]{40}", revision) else None,  # PEFT asks the hub for it
         "inference_mode": True,
         "modules_to_save": list(done.head) or None,
     }

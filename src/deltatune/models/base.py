@@ -1,5 +1,6 @@
 """Loading a base: an embedded model, a local folder in Transformers' layout, or a hub id with an optional @revision."""
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ class Place:
     source: str
     """What `from_pretrained` gets."""
     revision: str
-    """Embedded: project and version. Hub: the commit. A local folder has none."""
+    """Embedded: project and version. Hub: the commit. Local: a digest of its configuration and files' dates."""
     commit: str | None = None
 
 
@@ -57,7 +58,7 @@ def load(
 ) -> Base:
     """Loads a base as a classifier with one output for each of `labels`, with its tokenizer.
 
-    `revision` is one that was recorded: loaded where the base is on the hub, else checked. `seed` decides the initial
+    `revision` is one that was recorded: the hub's is loaded, an embedded one's checked. `seed` decides the initial
     values of the head, and of anything else that the base does not bring. Raises `UserError` for a name that is none,
     a base without safetensors or tokenizer, an architecture that has no classifier, and weights that are not finite.
     """
@@ -94,10 +95,18 @@ def find_base(name: str, revision: str = "") -> Place:
     folder = Path(name).expanduser()
     if folder.is_dir():
         _check_folder(folder)
-        return Place(str(folder.resolve()), str(folder), "")
+        return Place(str(folder.resolve()), str(folder), _local_revision(folder))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise unknown("base", name, MODELS, "give a folder with config.json, or owner/name on the hub")
     return _on_hub(name, revision or None)
+
+
+def _local_revision(folder: Path) -> str:
+    """A mark that changes when the folder's weights or configuration do; whole weights would take too long to hash."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
+    return f"local {digest.hexdigest()[:12]}"
 
 
 def _on_hub(name: str, revision: str | None) -> Place:
@@ -108,9 +117,9 @@ def _on_hub(name: str, revision: str | None) -> Place:
         commit = HfApi().model_info(name, revision=revision).sha
     except HfHubHTTPError as error:
         raise UserError(
-            f"the hub has no base '{name}' at revision '{revision or 'main'}'", str(error).splitlines()[0]
+            f"the hub has no base '{name}' at revision '{revision or 'main'}'", _first_line(error)
         ) from error
-    except (OSError, RuntimeError) as error:  # no network: what an earlier run left in the cache may do
+    except Exception as error:  # no network, in the words of whichever library: what is in the cache may do
         try:
             commit = Path(snapshot_download(name, revision=revision, local_files_only=True)).name
         except LocalEntryNotFoundError:

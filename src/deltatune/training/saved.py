@@ -73,7 +73,7 @@ def score(ready: Ready, name: str, split: str, text: tuple[str, ...] = (), label
     trained_on = ready.saved.about.get("data", {})
     if not (name or trained_on):
         raise UserError("this adapter does not say what it was trained on", "name the data with --data")
-    if name in ("", trained_on.get("name")):
+    if not name or trained_on.get("name") in (name, str(Path(name).resolve())):
         text, label = text or tuple(trained_on["text"]), label or trained_on["label"]
     data = load_data(name or trained_on["name"], text=text, label=label)
     if not name:
