@@ -1,7 +1,7 @@
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -12,12 +12,13 @@ WIDE = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
 
 
 @pytest.mark.parametrize("command", [(), *((command,) for command in COMMANDS)], ids=" ".join)
-def test_help_answers_within_a_second_and_shows_examples(command):
+def test_help_takes_less_than_a_second_and_shows_examples(command):
     took = []
-    while len(took) < 3 and (not took or min(took) >= 1):  # a busy machine gets another try
-        began = time.monotonic()
+    while len(took) < 3 and (not took or min(took) >= 1):  # processor time, so that a busy machine does not count
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([PROGRAM, *command, "--help"], capture_output=True, encoding="utf-8", env=WIDE)
-        took.append(time.monotonic() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(took) < 1
     assert (done.returncode, done.stderr) == (0, "")
     assert all(name in done.stdout for name in (COMMANDS if not command else ("Examples", f"deltatune {command[0]} ")))
