@@ -69,6 +69,11 @@ def test_a_name_that_is_no_base_is_refused(name: str, message: str, hint: str) -
     assert hint in caught.value.hint
 
 
+def test_a_folder_may_have_an_at_sign_in_its_name(tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "bert@home", "bert")
+    assert find_base(str(folder)).id == str(folder.resolve())
+
+
 def test_the_revision_of_a_local_base_changes_with_its_weights(tmp_path: Path) -> None:
     folder = save_tiny(tmp_path / "bert", "bert")
     before = find_base(str(folder)).revision

@@ -84,6 +84,7 @@ def outline(place: Place, *, labels: Sequence[str]) -> PreTrainedModel:
 
 def find_base(name: str, revision: str = "") -> Place:
     """Resolves a base's name to its files and revision; an embedded one is fetched when it is not in the cache."""
+    folder = Path(name).expanduser()
     name, _, asked = name.partition("@")
     revision = revision or asked
     if name in MODELS:
@@ -92,7 +93,6 @@ def find_base(name: str, revision: str = "") -> Place:
                 f"the embedded '{name}' is {MODELS[name].revision}, not {revision}", "leave out the revision"
             )
         return Place(name, str(fetch(MODELS[name])), MODELS[name].revision)
-    folder = Path(name).expanduser()
     if folder.is_dir():
         _check_folder(folder)
         return Place(str(folder.resolve()), str(folder), _local_revision(folder))
