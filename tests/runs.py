@@ -42,7 +42,7 @@ def write_run(place: Path, **content: Any) -> Run:
     return Run(place / "run", ("compare", place / "experiment.yaml", "--out", place / "run"))
 
 
-def until(condition: Callable[[], Any], seconds: float = 120) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 400) -> Any:
     """Waits for the condition and returns what it gives."""
     end = time.monotonic() + seconds
     while not (found := condition()):

@@ -11,15 +11,20 @@ COMMANDS = ("compare", "tune", "evaluate", "predict", "methods")
 WIDE = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
 
 
+def processor_seconds(*command: str) -> tuple[float, subprocess.CompletedProcess]:
+    """What the command costs, and what it says; on a busy machine wall clocks measure the others."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", env=WIDE)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done
+
+
 @pytest.mark.parametrize("command", [(), *((command,) for command in COMMANDS)], ids=" ".join)
 def test_help_takes_less_than_a_second_and_shows_examples(command):
-    took = []
-    while len(took) < 3 and (not took or min(took) >= 1):  # processor time, so that a busy machine does not count
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([PROGRAM, *command, "--help"], capture_output=True, encoding="utf-8", env=WIDE)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        took.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(took) < 1
+    took, done = min((processor_seconds(PROGRAM, *command, "--help") for _ in range(2)), key=lambda pair: pair[0])
+    # A machine may be slow as a whole: there the second is stretched by what its libraries alone take to import.
+    bare, _ = processor_seconds(sys.executable, "-c", "import typer, rich.table")
+    assert took < max(1, 4 * bare)
     assert (done.returncode, done.stderr) == (0, "")
     assert all(name in done.stdout for name in (COMMANDS if not command else ("Examples", f"deltatune {command[0]} ")))
 

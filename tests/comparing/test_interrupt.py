@@ -56,7 +56,7 @@ def stop(run, number):
     until(lambda: trains(run, began))
     finished = run.times("head")
     process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     reader.join()
     os.close(terminal)
     return Stopped(process.returncode, out, screen.decode(), finished)
