@@ -3,7 +3,7 @@
 from transformers import PreTrainedModel
 
 _SHORT = 256
-"""Tokens up to which plain batched products beat the fused kernel on a CPU; see docs/log.md."""
+"""Tokens up to which plain batched products beat the fused kernel on a CPU; see benchmarks/step.py."""
 
 
 def choose_attention(model: PreTrainedModel, longest: int) -> None:

@@ -1,0 +1,63 @@
+"""What two choices of the training step are worth on this machine: medians of ratios, the variants interleaved.
+
+python benchmarks/step.py
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import deltatune
+from deltatune import LoRA
+from deltatune.data.batches import collate, epoch
+from deltatune.data.tokens import tokenize
+from deltatune.dropout import dropout, replace_dropout
+from deltatune.training.precision import autocast, prepare, resolve
+
+
+def compare(name: str, plain: Callable[[], object], ours: Callable[[], object], rounds: int) -> None:
+    """Prints the median time of both and the median of their ratios, two rounds of warming up left out."""
+    times = []
+    for _ in range(rounds + 2):
+        pair = []
+        for run in (plain, ours):
+            began = time.perf_counter()
+            run()
+            pair.append(1000 * (time.perf_counter() - began))
+        times.append(pair)
+    before, after = zip(*times[2:], strict=True)
+    ratio = statistics.median(b / a for b, a in times[2:])
+    print(f"{name}: {statistics.median(before):.1f} ms → {statistics.median(after):.1f} ms, ratio {ratio:.2f}")
+
+
+x = torch.randn(1024, 384).bfloat16()
+compare("dropout of 1,024 × 384, PyTorch's → from random bits", lambda: F.dropout(x, 0.1), lambda: dropout(x, 0.1), 60)
+
+data = deltatune.load_data("rotten-tomatoes").limited(train=1000, validation=10, test=10, seed=0)
+base = deltatune.load("minilm", labels=data.labels)
+precision = resolve("auto")
+model = deltatune.attach(base.model, LoRA())
+prepare(model, precision)
+replace_dropout(model)
+model.train()
+tokens = tokenize(data.train, base.tokenizer, 256)
+batches = [collate(tokens, places, 0) for places in epoch(tokens.lengths, 1024, np.random.default_rng(0))]
+turn = {"sdpa": 0, "eager": 0}
+
+
+def step(attention: str) -> None:
+    """One forward and backward pass of LoRA on the next batch."""
+    model.set_attn_implementation(attention)
+    batch = batches[turn[attention] % len(batches)]
+    turn[attention] += 1
+    with autocast(precision, torch.device("cpu")):
+        logits = model(**batch.inputs).logits
+    F.cross_entropy(logits.float(), batch.labels).backward()
+    model.zero_grad()
+
+
+compare(f"LoRA step in {precision}, sdpa → eager", lambda: step("sdpa"), lambda: step("eager"), 25)
