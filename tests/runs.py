@@ -51,12 +51,31 @@ def until(condition: Callable[[], Any], seconds: float = 400) -> Any:
     return found
 
 
+def processes(folder: Path) -> list[int]:
+    """The processes that the run in this folder keeps: one that forks, and one for a cell that runs."""
+    return [
+        pid for pid, words in _commands().items() if "deltatune.comparing.zygote" in words and str(folder) in words[-2]
+    ]
+
+
 def cell_processes(folder: Path) -> list[int]:
-    """The processes that run cells of the run in this folder."""
+    """Those of them that run a cell: the forked ones."""
+    every = processes(folder)
+    return [pid for pid in every if _parent(pid) in every]
+
+
+def _commands() -> dict[int, list[str]]:
     commands = {}
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             commands[int(entry.name)] = (entry / "cmdline").read_bytes().decode().split("\0")
         except OSError:  # it has ended
             continue
-    return [pid for pid, words in commands.items() if "deltatune.comparing.cell" in words and str(folder) in words[-2]]
+    return commands
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:  # it has ended
+        return 0

@@ -33,7 +33,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize(("spoil", "error"), DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_base_is_refused_before_any_cell_runs(base, data, tmp_path, monkeypatch, spoil, error):
-    monkeypatch.setattr(compare, "run_process", lambda cell, folder: pytest.fail("a cell ran"))
+    monkeypatch.setattr(compare.CellProcesses, "run", lambda processes, cell: pytest.fail("a cell ran"))
     spoil(shutil.copytree(base, tmp_path / "base"))
     done = deltatune(
         "compare", "--base", tmp_path / "base", "--data", data, "--method", "head", "--out", tmp_path / "run"

@@ -41,7 +41,7 @@ UNFIT_FLAGS = {
 @pytest.fixture
 def refused(base, data, tmp_path, monkeypatch):
     """Compares with these words and looks whether that was refused before any cell ran and any file was written."""
-    monkeypatch.setattr(compare, "run_process", lambda cell, folder: pytest.fail("a cell ran"))
+    monkeypatch.setattr(compare.CellProcesses, "run", lambda processes, cell: pytest.fail("a cell ran"))
 
     def look(*words, error="", hint=""):
         done = deltatune("compare", "--base", base, "--data", data, *words, "--out", tmp_path / "run")

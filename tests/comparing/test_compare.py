@@ -170,12 +170,12 @@ def test_a_cell_that_diverges_says_where(tmp_path):
 def without_processes(monkeypatch):
     """Cells run in this process: for what has nothing to do with processes."""
 
-    def run_here(cell, folder):
+    def run_here(processes, cell):
         events = []
-        run_cell(cell, folder, events.append)
+        run_cell(cell, processes._cells / cell.id, events.append)
         yield from events
 
-    monkeypatch.setattr(comparing, "run_process", run_here)
+    monkeypatch.setattr(comparing.CellProcesses, "run", run_here)
 
 
 def test_changed_data_are_new_cells_and_the_old_ones_stay(tmp_path, without_processes):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from command import PROGRAM
-from runs import cell_processes, until, write_run
+from runs import processes, until, write_run
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def stopped(tmp_path_factory):
     settings = {"epochs": 20, "batch_tokens": 32, "evaluations": 1}
     run = write_run(tmp_path_factory.mktemp("place"), methods=["head", "lora"], training=settings)
     interrupted = stop(run, signal.SIGINT)
-    survivors = cell_processes(run.folder)
+    survivors = processes(run.folder)
     killed = stop(run, signal.SIGKILL)
-    until(lambda: not cell_processes(run.folder))
+    until(lambda: not processes(run.folder))
     return run, interrupted, survivors, killed
 
 

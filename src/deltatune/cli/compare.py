@@ -34,6 +34,8 @@ def command(
     text: options.Text = None,
     label: options.Label = "",
     train: options.TrainLimit = None,
+    validation: options.ValidationLimit = None,
+    test: options.TestLimit = None,
     epochs: options.Epochs = None,
     learning_rate: options.LearningRate = None,
     precision: options.Precision = None,
@@ -48,7 +50,7 @@ def command(
 
     changes = {
         "base": base,
-        "data": options.data_choice(data, text, label, train),
+        "data": options.data_choice(data, text, label, train, validation, test),
         "methods": method,
         "seeds": seed,
         "training": options.training(epochs, learning_rate, precision, setting),

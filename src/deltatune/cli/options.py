@@ -11,6 +11,8 @@ Data = Annotated[str, typer.Option(help="Data: rotten-tomatoes, a CSV, TSV, JSON
 Text = Annotated[list[str] | None, typer.Option(help="Text column; give it twice for sentence pairs.")]
 Label = Annotated[str, typer.Option(help="Label column.")]
 TrainLimit = Annotated[int | None, typer.Option(help="Most training examples to use.")]
+ValidationLimit = Annotated[int | None, typer.Option(help="Most validation examples to use.")]
+TestLimit = Annotated[int | None, typer.Option(help="Most test examples to use.")]
 Epochs = Annotated[float | None, typer.Option(help="Passes over the training split.")]
 LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate; left out, the method's own.")]
 Precision = Annotated[str | None, typer.Option(help="auto, fp32 or bf16; auto is bf16 where the machine has it.")]
@@ -22,9 +24,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 AdapterFolder = Annotated[Path, typer.Argument(help="Folder that `tune` or `compare` wrote, or that PEFT wrote.")]
 
 
-def data_choice(name: str, text: list[str] | None, label: str, train: int | None) -> dict[str, Any]:
+def data_choice(
+    name: str, text: list[str] | None, label: str, train: int | None, validation: int | None, test: int | None
+) -> dict[str, Any]:
     """The `data` part of an experiment as flags give it; what was not given is left out."""
-    given = {"name": name, "text": text, "label": label, "train": train}
+    given = {"name": name, "text": text, "label": label, "train": train, "validation": validation, "test": test}
     return {key: value for key, value in given.items() if value not in (None, "", [])}
 
 

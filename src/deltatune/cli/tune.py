@@ -29,6 +29,8 @@ def command(
     text: options.Text = None,
     label: options.Label = "",
     train: options.TrainLimit = None,
+    validation: options.ValidationLimit = None,
+    test: options.TestLimit = None,
     epochs: options.Epochs = None,
     learning_rate: options.LearningRate = None,
     precision: options.Precision = None,
@@ -47,7 +49,7 @@ def command(
         name, given = parse(method)
         content = {
             "base": base,
-            "data": options.data_choice(data, text, label, train),
+            "data": options.data_choice(data, text, label, train, validation, test),
             "methods": [{"method": name, "options": given | dict(map(parse_option, set_ or []))}],
             "seeds": [seed],
             "training": options.training(epochs, learning_rate, precision, setting),

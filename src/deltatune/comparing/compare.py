@@ -8,7 +8,7 @@ FOLDER/results.csv  report.html  plots/
 import os
 import platform
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from deltatune.comparing.cell import EVENTS, read_data
 from deltatune.comparing.experiment import Cell, Experiment
-from deltatune.comparing.processes import finished, outcome, run_process
+from deltatune.comparing.processes import CellProcesses, finished, outcome
 from deltatune.comparing.report import check_installed, write_report
 from deltatune.comparing.results import CellResult, FailedCell
 from deltatune.comparing.table import write_csv
@@ -71,20 +71,20 @@ def _run(
     results: list[CellResult] = []
     failed: list[FailedCell] = []
     curves: dict[tuple[str, int], list[Event]] = {}
-    for cell in cells:
-        cell_folder = folder / "cells" / cell.id
-        kept = finished(cell_folder)
-        if kept is None:
-            with closing(run_process(cell, cell_folder)) as events:  # the process ends with us, whatever happens here
-                for event in events:
+    with CellProcesses(folder / "cells") as processes:
+        for cell in cells:
+            cell_folder = folder / "cells" / cell.id
+            kept = finished(cell_folder)
+            if kept is None:
+                for event in processes.run(cell):
                     watch(cell, event)
-        result = kept or outcome(cell, cell_folder)
-        watch(cell, result)
-        if isinstance(result, FailedCell):
-            failed.append(result)
-            continue
-        results.append(result)
-        curves[cell.method.label, cell.seed] = list(read_events(cell_folder / EVENTS))
+            result = kept or outcome(cell, cell_folder)
+            watch(cell, result)
+            if isinstance(result, FailedCell):
+                failed.append(result)
+                continue
+            results.append(result)
+            curves[cell.method.label, cell.seed] = list(read_events(cell_folder / EVENTS))
     write_csv(folder / "results.csv", results, failed)
     report = write_report(folder, resolved, results, failed, curves)
     return Comparison(folder, results, failed, report)

@@ -3,11 +3,15 @@
 A cell is data in its folder: what stands there says whether it is finished, and any scheduler could run it.
 """
 
+import json
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from deltatune.comparing.cell import FAILED, LOG, RESULT, prepare_folder
 from deltatune.comparing.experiment import Cell
@@ -15,6 +19,62 @@ from deltatune.comparing.results import CellResult, FailedCell
 from deltatune.errors import UserError
 from deltatune.files import read_json, write_json
 from deltatune.training.events import Event, parse_event
+
+
+class CellProcesses:
+    """Runs the cells of one folder, each in a process forked for it. Leaving the `with` block ends what still runs.
+
+    The processes are forked from one that has imported everything (see zygote.py); it starts with the first cell.
+    """
+
+    def __init__(self, cells: Path) -> None:
+        self._cells = cells
+        self._zygote: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def run(self, cell: Cell) -> Iterator[Event]:
+        """Runs a cell and passes on its events; it ends with the process. See `outcome` for what came out."""
+        folder = self._cells / cell.id
+        prepare_folder(cell, folder)
+        zygote = self._running()
+        assert zygote.stdin is not None
+        assert zygote.stdout is not None
+        zygote.stdin.write(cell.id + "\n")
+        zygote.stdin.flush()
+        code = None
+        for line in zygote.stdout:
+            if line.startswith('{"ended"'):
+                code = json.loads(line)["ended"]
+                break
+            if line.endswith("\n") and line.startswith('{"event"'):
+                yield parse_event(line)
+        if code is None:  # the zygote itself has died, and the cell with it
+            code = zygote.wait()
+            self._zygote = None
+        if not any((folder / name).is_file() for name in (RESULT, FAILED)):
+            write_json(folder / FAILED, _died(code, folder))
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._zygote is None:
+            self._zygote = subprocess.Popen(
+                [sys.executable, "-m", "deltatune.comparing.zygote", str(self._cells)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                encoding="utf-8",
+                errors="replace",
+                # A session of its own: Ctrl-C reaches this process alone, which then ends the others in order.
+                start_new_session=True,
+            )
+        return self._zygote
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._zygote is not None:
+            os.killpg(self._zygote.pid, signal.SIGTERM)
+            self._zygote.communicate()  # to the end of its output: then no process holds it any more
 
 
 def finished(folder: Path) -> CellResult | None:
@@ -25,37 +85,6 @@ def finished(folder: Path) -> CellResult | None:
         return CellResult.model_validate(read_json(folder / RESULT))
     except (UserError, ValueError):  # damaged, or from an older version: the cell runs again
         return None
-
-
-def run_process(cell: Cell, folder: Path) -> Generator[Event, None, None]:
-    """Runs a cell in a new process, passing on its events; it ends with the process. See `outcome` for what came out.
-
-    When the caller stops listening (Ctrl-C among others) the process is ended, too.
-    """
-    prepare_folder(cell, folder)
-    with (
-        (folder / LOG).open("wb") as log,
-        # A session of its own: Ctrl-C reaches this process alone, which then ends the other in order.
-        subprocess.Popen(
-            [sys.executable, "-m", "deltatune.comparing.cell", str(folder)],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            encoding="utf-8",
-            errors="replace",
-            start_new_session=True,
-        ) as process,
-    ):
-        assert process.stdout is not None
-        try:
-            for line in process.stdout:
-                if line.endswith("\n") and line.startswith('{"event"'):
-                    yield parse_event(line)
-            process.wait()
-        except BaseException:  # Ctrl-C, or nobody listens any more
-            process.terminate()
-            raise
-    if not any((folder / name).is_file() for name in (RESULT, FAILED)):
-        write_json(folder / FAILED, _died(process.returncode, folder))
 
 
 def outcome(cell: Cell, folder: Path) -> CellResult | FailedCell:
@@ -72,5 +101,6 @@ def _died(code: int, folder: Path) -> dict[str, str]:
         return {"reason": "the process was killed", "hint": "most likely memory ran out: lower training.batch_tokens"}
     if code < 0:
         return {"reason": f"the process died of {signal.Signals(-code).name}", "hint": f"see {folder / LOG}"}
-    lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return {"reason": lines[-1] if lines else f"the process ended with code {code}", "hint": f"see {folder / LOG}"}
+    log = folder / LOG
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.is_file() else []
+    return {"reason": lines[-1] if lines else f"the process ended with code {code}", "hint": f"see {log}"}

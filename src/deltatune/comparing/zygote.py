@@ -1,0 +1,45 @@
+"""A process that has imported everything and forks one process for each cell, so that the imports are paid for once.
+
+`python -m deltatune.comparing.zygote CELLS` waits on stdin for the names of folders in CELLS, runs the cell of each in
+a process of its own, and passes on its events on stdout. When that process has ended it says so: {"ended": CODE}, the
+exit code, or the negative number of the signal that ended it.
+"""
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from deltatune.comparing.cell import LOG, main
+
+
+def serve(cells: Path) -> None:
+    """Runs the cells that are named on stdin, one line each, until it is closed."""
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            _run(cells / line.strip())
+        _, status = os.waitpid(child, 0)
+        # A line of its own, whatever the cell left unfinished.
+        print(f"\n{json.dumps({'ended': os.waitstatus_to_exitcode(status)})}", flush=True)
+
+
+def _run(folder: Path) -> NoReturn:
+    """Runs the cell in this process and ends it, whatever happens."""
+    code = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
+        code = main(folder)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve(Path(sys.argv[1]))
