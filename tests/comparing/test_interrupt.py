@@ -39,7 +39,12 @@ def stop(run, number):
     terminal, program = os.openpty()
     environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "80", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [PROGRAM, *map(str, run.words)], stdout=subprocess.PIPE, stderr=program, env=environment, encoding="utf-8"
+        [PROGRAM, *map(str, run.words)],
+        stdout=subprocess.PIPE,
+        stderr=program,
+        env=environment,
+        encoding="utf-8",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # these tests may run where it is ignored
     )
     os.close(program)
     screen = bytearray()
@@ -53,7 +58,7 @@ def stop(run, number):
 
     reader = threading.Thread(target=read)
     reader.start()
-    until(lambda: trains(run, began))
+    until(lambda: trains(run, began) or process.poll() is not None)
     finished = run.times("head")
     process.send_signal(number)
     out, _ = process.communicate(timeout=300)
