@@ -22,6 +22,7 @@ _CONFIGS = {
     "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
     "llama": {**_SIZES, "num_key_value_heads": 2},
     "qwen2": {**_SIZES, "num_key_value_heads": 2},
+    "t5": {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 2, "decoder_start_token_id": 0},
 }
 ARCHITECTURES = tuple(_CONFIGS)
 DECODERS = ("gpt2", "llama", "qwen2")
@@ -37,10 +38,12 @@ def tiny_model(
 
 
 def tiny_inputs(seed: int = 1) -> dict[str, torch.Tensor]:
-    """A batch of three examples of 7, 5 and 2 tokens, padded on the right."""
+    """A batch of three examples of 7, 5 and 2 tokens, each with an end token, padded on the right."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(len(SPECIAL), VOCABULARY, (3, 7), generator=generator)
-    mask = torch.arange(7) < torch.tensor([7, 5, 2])[:, None]
+    lengths = torch.tensor([7, 5, 2])[:, None]
+    mask = torch.arange(7) < lengths
+    ids[torch.arange(7) == lengths - 1] = 2
     return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
 
 
@@ -75,12 +78,13 @@ def tokenizer(architecture: str) -> PreTrainedTokenizerFast:
 
 def _config(architecture: str, labels: int):
     names = {"max_position_embeddings": 64} if architecture != "roberta" else {"max_position_embeddings": 66}
+    names = {} if architecture == "t5" else names
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return AutoConfig.for_model(
         architecture,
         vocab_size=VOCABULARY,
         num_labels=labels,
-        initializer_range=0.3,
+        **({"initializer_factor": 1.5} if architecture == "t5" else {"initializer_range": 0.3}),
         **names,
         **special,
         **_CONFIGS[architecture],

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from deltatune.errors import UserError
     from deltatune.methods import METHODS, Full, Head, LoRA, make
     from deltatune.models.adapters import load_adapter, read_adapter, save_adapter
-    from deltatune.models.attach import attach, attachment, disabled
+    from deltatune.models.attach import activate, after_step, attach, attachment, detach, disabled, penalty
     from deltatune.models.base import Base, load
-    from deltatune.models.merge import fold, merge, unmerge
+    from deltatune.models.merge import Merged, fold, merge, unmerge
     from deltatune.training.settings import Training
     from deltatune.training.tune import Tuned, tune
 
@@ -26,9 +26,9 @@ _HOMES = {
     "deltatune.errors": ("UserError",),
     "deltatune.methods": ("METHODS", "Full", "Head", "LoRA", "make"),
     "deltatune.models.adapters": ("load_adapter", "read_adapter", "save_adapter"),
-    "deltatune.models.attach": ("attach", "attachment", "disabled"),
+    "deltatune.models.attach": ("activate", "after_step", "attach", "attachment", "detach", "disabled", "penalty"),
     "deltatune.models.base": ("Base", "load"),
-    "deltatune.models.merge": ("fold", "merge", "unmerge"),
+    "deltatune.models.merge": ("Merged", "fold", "merge", "unmerge"),
     "deltatune.training.settings": ("Training",),
     "deltatune.training.tune": ("Tuned", "tune"),
 }
@@ -42,14 +42,18 @@ __all__ = [
     "Full",
     "Head",
     "LoRA",
+    "Merged",
     "Split",
     "TextData",
     "Training",
     "Tuned",
     "UserError",
+    "activate",
+    "after_step",
     "attach",
     "attachment",
     "compare",
+    "detach",
     "disabled",
     "fold",
     "load",
@@ -58,6 +62,7 @@ __all__ = [
     "make",
     "make_experiment",
     "merge",
+    "penalty",
     "read_adapter",
     "read_experiment",
     "save_adapter",

@@ -7,10 +7,18 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from deltatune.methods import METHODS, Method, WeightDelta, make
+from deltatune.methods import METHODS, Method, Site, WeightDelta, make
+from deltatune.models.adapted import AdaptedLinear
+
+FITTING: dict[str, dict] = {}
+"""Options without which a method does not fit layers as small as the ones here."""
 
 VARIANTS: dict[str, list[dict]] = {
-    "lora": [{"rank": 3, "alpha": 5.0, "rslora": True}, {"rank": 4, "dropout": 0.3}],
+    "lora": [
+        {"rank": 3, "alpha": 5.0, "rslora": True},
+        {"rank": 4, "dropout": 0.3},
+        {"rank": 2, "bias": "adapted", "lr_ratio": 16.0},
+    ],
 }
 """Options that change a formula and so deserve the laws of their own; the defaults are always tested."""
 
@@ -18,7 +26,9 @@ VARIANTS: dict[str, list[dict]] = {
 def _named(kind: str) -> dict[str, Method]:
     """Every registered method of a kind, with its defaults and with each variant, by a name for the test."""
     return {
-        name + "".join(f",{key}={value}" for key, value in options.items()): make(name, options)
+        name + "".join(f",{key}={value}" for key, value in options.items()): make(
+            name, {**FITTING.get(name, {}), **options}
+        )
         for name, method in METHODS.items()
         if method.kind == kind
         for options in [{}, *VARIANTS.get(name, [])]
@@ -51,6 +61,16 @@ STORAGES: dict[str, Callable[[], nn.Module]] = {
     "conv1d": _conv1d,
 }
 """A frozen layer of 12 inputs and 20 outputs in each storage."""
+
+
+def adapted(method: WeightDelta, storage: str) -> AdaptedLinear:
+    """A layer of that storage with a fresh delta of the method."""
+    base = STORAGES[storage]()
+    site = Site(20, 12, "layer.attention.query", "query", bias=True)
+    generator = torch.Generator().manual_seed(0)
+    layer = AdaptedLinear(base, site)
+    layer.add("default", method.delta(site, layer.frozen, method.share([site], generator), generator))
+    return layer
 
 
 def shaken(module: nn.Module, seed: int = 3) -> nn.Module:

@@ -16,6 +16,7 @@ COUNTS = {  # layers of two blocks: all-linear, attention, attention-qv, mlp
     "gpt2": (8, 4, 2, 4),  # query, key and value in one
     "llama": (14, 8, 4, 6),
     "qwen2": (14, 8, 4, 6),
+    "t5": (32, 24, 12, 8),
 }
 
 

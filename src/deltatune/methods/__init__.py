@@ -1,6 +1,6 @@
 """What is trained: one file per method, and the contract they share."""
 
-from deltatune.methods.contract import Delta, Method, Selection, Targets, WeightDelta
+from deltatune.methods.contract import Delta, EmbeddingDelta, Method, Selection, Site, Targets, WeightDelta
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
 from deltatune.methods.lora import LoRA
@@ -9,11 +9,13 @@ from deltatune.methods.registry import METHODS, make, options_of, parse, parse_o
 __all__ = [
     "METHODS",
     "Delta",
+    "EmbeddingDelta",
     "Full",
     "Head",
     "LoRA",
     "Method",
     "Selection",
+    "Site",
     "Targets",
     "WeightDelta",
     "make",

@@ -2,13 +2,15 @@
 
 Two kinds stand here, each a small Protocol. A method fills one of them in one file of its own; registering it
 (see `registry.py`) makes it appear on the command line, in comparisons, in the docs and in the conformance tests.
+A method derives from its Protocol for the parts that most methods do not need: those have a default here.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import ConfigDict
 from torch import Tensor, nn
 
@@ -17,10 +19,27 @@ from deltatune.weights import FrozenWeight
 Kind = Literal["weight delta", "selection"]
 
 Targets = str | tuple[str, ...]
-"""Which linear layers a method adapts: aliases, module names or regular expressions; one, or several."""
+"""Which layers a method adapts: aliases, module names or regular expressions; one, or several."""
 
 CONFIG = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 """How pydantic reads a method's fields from a command line or a file: unknown names refused, docstrings as help."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """The place of one delta: a frozen weight of the base, known by its shape alone."""
+
+    out: int
+    """Output features: rows of W; for an embedding the width of a vector."""
+    in_: int
+    """Input features: columns of W; for an embedding the size of the vocabulary."""
+    path: str = ""
+    """Module path in the base."""
+    role: str = "other"
+    """What the layer does, as the table of roles has it: query, down, …"""
+    bias: bool = False
+    """Whether the layer has a bias."""
+    embedding: bool = False
 
 
 @runtime_checkable
@@ -42,7 +61,10 @@ class Method(Protocol):
 
 @runtime_checkable
 class Delta(Protocol):
-    """The trained module over one frozen weight. A real one is also an `nn.Module`."""
+    """The trained module over one frozen weight. A real one is also an `nn.Module`.
+
+    One that trains the layer's bias as well holds it as `bias`; it then stands in for the base's.
+    """
 
     def merged(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """The plain formula: the one weight that gives the adapted output."""
@@ -54,31 +76,104 @@ class Delta(Protocol):
 
 
 @runtime_checkable
-class WeightDelta(Method, Protocol):
-    """A method that adds a module over each frozen linear weight it targets."""
+class EmbeddingDelta(Protocol):
+    """The trained module over one frozen embedding; W is (width, vocabulary)."""
 
+    def merged(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """The plain formula: the one embedding that gives the adapted vectors."""
+
+    def __call__(
+        self, ids: Int[Tensor, "*shape"], vectors: Float[Tensor, "*shape out"], weight: FrozenWeight
+    ) -> Float[Tensor, "*shape out"]:
+        """The adapted vectors from the base's own."""
+
+
+@runtime_checkable
+class WeightDelta(Method, Protocol):
+    """A method that adds a module over each frozen weight it targets."""
+
+    kind: ClassVar[Kind] = "weight delta"
     targets: Targets
-    patterns: ClassVar[Mapping[str, str]]
+    suffixes: ClassVar[Mapping[str, str]]
+    """Key suffix in adapter files → attribute of the delta module that is saved under it."""
+    shared_suffixes: ClassVar[Mapping[str, str]] = {}
+    """The same for what is shared over the model; such keys have no module path."""
+    patterns: ClassVar[Mapping[str, str]] = {}
     """Fields that hold values for single targets → the field that such a value replaces."""
-    file_keys: ClassVar[Mapping[str, str]]
-    """Key suffix in adapter files → attribute of the delta module."""
-    unmergeable: ClassVar[str]
+    embeddings: ClassVar[bool] = False
+    """Whether it is defined over embeddings, too."""
+    unmergeable: ClassVar[str] = ""
     """Why it cannot be merged into the weight; empty where it can."""
 
-    def check(self, out: int, in_: int) -> None:
-        """Raises `UserError` where the hyperparameters do not fit an (out, in) weight."""
+    # What it adds and costs, from shapes alone.
 
-    def parameters(self, out: int, in_: int) -> int:
-        """Trained parameters on one (out, in) weight."""
+    def check(self, site: Site) -> None:
+        """Raises `UserError` where the hyperparameters do not fit the site, with the nearest that would."""
 
-    def kept_for_backward(self, out: int, in_: int, tokens: int, itemsize: int) -> int:
-        """Bytes that one adapted weight keeps from forward to backward, its input included, in `itemsize` numbers."""
+    def parameters(self, site: Site) -> int:
+        """Trained parameters of one site, those that are shared over the model left out."""
 
-    def delta(self, out: int, in_: int, generator: torch.Generator) -> nn.Module:
-        """A fresh module for one (out, in) weight; it fulfils `Delta`."""
+    def shared_parameters(self, sites: Sequence[Site]) -> int:
+        """Trained parameters that these sites share."""
+        return 0
 
-    def to_peft(self, modules: Mapping[str, Any]) -> dict[str, Any]:
+    def stored_parameters(self, sites: Sequence[Site]) -> int:
+        """Numbers that an adapter file holds for these sites."""
+        return sum(self.parameters(site) for site in sites) + self.shared_parameters(sites)
+
+    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
+        """Bytes that one site keeps from forward to backward, its input included, in `itemsize` numbers."""
+
+    def start_distance(self, site: Site) -> float:
+        """Root mean square of the entries of W' − W before training, roughly; 0 where training starts at the base."""
+        return 0.0
+
+    # What it makes.
+
+    def share(self, sites: Sequence[Site], generator: torch.Generator) -> nn.Module | None:
+        """What the deltas of these sites have in common, trained or not; every delta holds it as a submodule."""
+        return None
+
+    def delta(
+        self, site: Site, weight: FrozenWeight, shared: nn.Module | None, generator: torch.Generator
+    ) -> nn.Module:
+        """A fresh module for one site; it fulfils `Delta`, or `EmbeddingDelta` over an embedding."""
+
+    # How it trains.
+
+    def rates(self) -> Mapping[str, float]:
+        """Parameter name within a delta → its learning rate as a multiple of the run's; 1 where it is not named."""
+        return {}
+
+    def penalty(self, deltas: Mapping[str, nn.Module]) -> Float[Tensor, ""] | None:
+        """A term to add to the loss of each optimiser step; None where there is none."""
+        return None
+
+    def after_step(self, deltas: Mapping[str, nn.Module], step: int, steps: int) -> None:
+        """Is called after optimiser step number `step` (from 1) of `steps`, while the gradients still stand."""
+
+    # Its file form.
+
+    def stored(self, site: Site, delta: nn.Module) -> dict[str, Tensor]:
+        """The tensors that a file holds of one delta, by suffix."""
+        return {suffix: getattr(delta, name) for suffix, name in self.suffixes.items()}
+
+    def restore(self, delta: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Puts tensors as `stored` gave them into a delta. Their names and shapes have been checked."""
+        for suffix, tensor in tensors.items():
+            getattr(delta, self.suffixes[suffix]).copy_(tensor)
+
+    def portable(self) -> "WeightDelta":
+        """The method that an adapter file of this one describes, where that is another."""
+        return self
+
+    def to_peft(self, modules: Mapping[str, Any], deltas: Mapping[str, nn.Module]) -> dict[str, Any]:
         """The method's fields of adapter_config.json; `modules` has the hyperparameters of each adapted path."""
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Whether an adapter_config.json describes this method."""
+        return bool(config.get("peft_type") == cls.peft_type)
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> "WeightDelta":

@@ -6,27 +6,29 @@ Hu et al. 2021, arXiv 2106.09685, section 4.1.   W' = W + s·B·A,   s = alpha /
         └── drop ── A ── B·s ──┘
 
 With `rslora` the scale is alpha / √rank (Kalajdzievski 2023, arXiv 2312.03732), which keeps the size of the update
-when the rank grows.
+when the rank grows. With `lr_ratio` B learns faster than A (LoRA+, Hayou et al. 2024, arXiv 2402.12354).
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from deltatune.dropout import dropout
 from deltatune.errors import UserError
-from deltatune.methods.contract import CONFIG, Kind, Targets
+from deltatune.methods.contract import CONFIG, Site, Targets, WeightDelta
+from deltatune.methods.values import at_least_one, positive, rank_fits, refuse_unsupported, share
 from deltatune.weights import FrozenWeight
 
 
-@dataclass(frozen=True, slots=True)
-class LoRA:
-    """Adds a trained low-rank product to frozen linear weights: W' = W + (alpha / rank)·B·A."""
+@dataclass(frozen=True)
+class LoRA(WeightDelta):
+    """Adds a trained low-rank product to frozen weights: W' = W + (alpha / rank)·B·A."""
 
     rank: int = 8
     """Width of the update: B is (out, rank), A is (rank, in)."""
@@ -36,8 +38,12 @@ class LoRA:
     """Share of the adapter branch's input that is zeroed in training."""
     rslora: bool = False
     """Scale by alpha / √rank instead."""
+    lr_ratio: float = 1.0
+    """Learning rate of B as a multiple of A's; LoRA+ (arXiv 2402.12354) recommends about 16."""
+    bias: Literal["none", "adapted"] = "none"
+    """Which biases train: none, or those of the adapted layers."""
     targets: Targets = "all-linear"
-    """Layers to adapt: all-linear, attention, attention-qv, mlp, module names or regular expressions."""
+    """Layers to adapt: all-linear, attention, attention-qv, mlp, embeddings, module names or regular expressions."""
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     """Other ranks for some targets, such as {mlp: 16}."""
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -45,24 +51,27 @@ class LoRA:
 
     name: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA"
-    kind: ClassVar[Kind] = "weight delta"
     paper: ClassVar[str] = "arXiv 2106.09685"
     learning_rate: ClassVar[float] = 1e-3
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank", "alpha_pattern": "alpha"}
+    embeddings: ClassVar[bool] = True
     peft_type: ClassVar[str] = "LORA"
-    file_keys: ClassVar[Mapping[str, str]] = {"lora_A.weight": "A", "lora_B.weight": "B"}
-    unmergeable: ClassVar[str] = ""
+    suffixes: ClassVar[Mapping[str, str]] = {
+        "lora_A.weight": "A",
+        "lora_B.weight": "B",
+        "lora_embedding_A": "A",
+        "lora_embedding_B": "B",
+        "base_layer.bias": "bias",
+    }
     __pydantic_config__ = CONFIG
 
     def __post_init__(self) -> None:
         for rank in (self.rank, *self.rank_pattern.values()):
-            if rank < 1:
-                raise UserError(f"lora: rank must be at least 1, not {rank}")
+            at_least_one("lora", rank=rank)
         for alpha in (self.alpha, *self.alpha_pattern.values()):
-            if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
-                raise UserError(f"lora: alpha must be a positive number, not {alpha}")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"lora: dropout must be at least 0 and below 1, not {self.dropout}")
+            positive("lora", alpha=alpha)
+        share("lora", dropout=self.dropout)
+        positive("lora", lr_ratio=self.lr_ratio)
 
     @property
     def scale(self) -> float:
@@ -73,27 +82,50 @@ class LoRA:
     def _alpha(self) -> float:
         return float(2 * self.rank if self.alpha is None else self.alpha)
 
-    def check(self, out: int, in_: int) -> None:
+    def _trains_bias(self, site: Site) -> bool:
+        return self.bias == "adapted" and site.bias
+
+    def check(self, site: Site) -> None:
         """Raises `UserError` for a rank above min(out, in): B·A could not use it."""
-        if self.rank > min(out, in_):
-            raise UserError(
-                f"lora: rank {self.rank} is more than a {out}×{in_} weight has", f"the largest is {min(out, in_)}"
-            )
+        rank_fits("lora", self.rank, site)
 
-    def parameters(self, out: int, in_: int) -> int:
-        """Trained parameters on one (out, in) weight: A and B."""
-        return self.rank * (out + in_)
+    def parameters(self, site: Site) -> int:
+        """Trained parameters of one site: A, B, and the bias where it trains."""
+        return self.rank * (site.out + site.in_) + (site.out if self._trains_bias(site) else 0)
 
-    def kept_for_backward(self, out: int, in_: int, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: x, x·Aᵀ, A and B; with dropout the dropped x and its mask in place of x."""
-        inputs = 2 * in_ if self.dropout else in_
-        return (tokens * (inputs + self.rank) + self.parameters(out, in_)) * itemsize
+    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
+        """Bytes kept for backward: x, x·Aᵀ, A and B; with dropout the dropped x and its mask in place of x.
 
-    def delta(self, out: int, in_: int, generator: torch.Generator) -> "LoRADelta":
-        """A fresh pair of matrices: A uniform in ±1/√in, B zero, so that training starts at the base."""
-        return LoRADelta(out, in_, self.rank, self.scale, self.dropout, generator)
+        Over an embedding: the ids, the rows of Aᵀ that they chose, and B.
+        """
+        if site.embedding:
+            return 8 * tokens + (tokens + site.out) * self.rank * itemsize
+        inputs = 2 * site.in_ if self.dropout else site.in_
+        return (tokens * (inputs + self.rank) + self.rank * (site.out + site.in_)) * itemsize
 
-    def to_peft(self, modules: Mapping[str, Any]) -> dict[str, Any]:
+    def delta(
+        self, site: Site, weight: FrozenWeight, shared: nn.Module | None, generator: torch.Generator
+    ) -> "LoRADelta | LoRAEmbedding":
+        """A fresh pair of matrices whose product is zero, so that training starts at the base.
+
+        A uniform in ±1/√in and B zero; over an embedding A zero and B normal.
+        """
+        if site.embedding:
+            return LoRAEmbedding(site, self, generator)
+        return LoRADelta(site, self, generator)
+
+    def rates(self) -> Mapping[str, float]:
+        """LoRA+: B learns faster than A."""
+        return {"B": self.lr_ratio}
+
+    def stored(self, site: Site, delta: nn.Module) -> dict[str, Tensor]:
+        """A and B under PEFT's names, and the bias where it trains."""
+        names = ["lora_embedding_A", "lora_embedding_B"] if site.embedding else ["lora_A.weight", "lora_B.weight"]
+        if self._trains_bias(site):
+            names.append("base_layer.bias")
+        return {name: getattr(delta, self.suffixes[name]) for name in names}
+
+    def to_peft(self, modules: Mapping[str, Any], deltas: Mapping[str, nn.Module]) -> dict[str, Any]:
         """PEFT's LoraConfig fields."""
         return {
             "r": self.rank,
@@ -103,39 +135,45 @@ class LoRA:
             "rank_pattern": {path: m.rank for path, m in modules.items() if m.rank != self.rank},
             "alpha_pattern": {path: m._alpha for path, m in modules.items() if m._alpha != self._alpha},
             "init_lora_weights": True,
-            "bias": "none",
+            "bias": "lora_only" if self.bias == "adapted" else "none",
             "use_dora": False,
         }
 
     @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Whether it is a plain LoRA adapter; DoRA's have the same type."""
+        return config.get("peft_type") == cls.peft_type and not config.get("use_dora")
+
+    @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> "LoRA":
         """Reads PEFT's LoraConfig fields; refuses the ones that would change the output and that we do not have."""
-        unsupported = {"use_dora": False, "bias": "none", "lora_bias": False, "alora_invocation_tokens": None}
-        for key, plain in unsupported.items():
-            if config.get(key, plain) != plain:
-                raise UserError(
-                    f"this LoRA adapter has {key}={config[key]!r}, which is not supported", "see the changelog"
-                )
+        refuse_unsupported("LoRA", config, {"lora_bias": False, "alora_invocation_tokens": None})
+        if config.get("bias", "none") not in ("none", "lora_only"):
+            raise UserError(
+                f"this LoRA adapter has bias={config['bias']!r}, which is not supported", "none and lora_only are"
+            )
         return cls(
             rank=config.get("r", 8),
             alpha=config.get("lora_alpha", 8),
             dropout=config.get("lora_dropout", 0.0),
             rslora=config.get("use_rslora", False),
+            bias="adapted" if config.get("bias") == "lora_only" else "none",
             rank_pattern=config.get("rank_pattern") or {},
             alpha_pattern=config.get("alpha_pattern") or {},
         )
 
 
 class LoRADelta(nn.Module):
-    """A (rank, in) and B (out, rank) over one frozen weight."""
+    """A (rank, in) and B (out, rank) over one frozen weight, and a bias (out,) where it trains."""
 
-    def __init__(self, out: int, in_: int, rank: int, scale: float, dropout: float, generator: torch.Generator) -> None:
+    def __init__(self, site: Site, method: LoRA, generator: torch.Generator) -> None:
         super().__init__()
-        bound = 1 / math.sqrt(in_)
-        self.A = nn.Parameter(torch.empty(rank, in_).uniform_(-bound, bound, generator=generator))
-        self.B = nn.Parameter(torch.zeros(out, rank))
-        self.scale = scale
-        self.dropout = dropout
+        bound = 1 / math.sqrt(site.in_)
+        self.A = nn.Parameter(torch.empty(method.rank, site.in_).uniform_(-bound, bound, generator=generator))
+        self.B = nn.Parameter(torch.zeros(site.out, method.rank))
+        self.bias = nn.Parameter(torch.zeros(site.out)) if method._trains_bias(site) else None
+        self.scale = method.scale
+        self.dropout = method.dropout
 
     def merged(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """W + s·B·A, in the type of W."""
@@ -149,6 +187,27 @@ class LoRADelta(nn.Module):
         A, B = self.A.to(x.dtype), self.B.to(x.dtype)
         y: Tensor = _LowRank.apply(x, z, weight, bias, A, B, self.scale)  # type: ignore[no-untyped-call]
         return y
+
+
+class LoRAEmbedding(nn.Module):
+    """A (rank, vocabulary) and B (width, rank) over one frozen embedding."""
+
+    def __init__(self, site: Site, method: LoRA, generator: torch.Generator) -> None:
+        super().__init__()
+        self.A = nn.Parameter(torch.zeros(method.rank, site.in_))
+        self.B = nn.Parameter(torch.randn(site.out, method.rank, generator=generator))
+        self.scale = method.scale
+
+    def merged(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """W + s·B·A for W (width, vocabulary), in the type of W."""
+        return weight + (self.scale * self.B @ self.A).to(weight.dtype)
+
+    def forward(
+        self, ids: Int[Tensor, "*shape"], vectors: Float[Tensor, "*shape out"], weight: FrozenWeight
+    ) -> Float[Tensor, "*shape out"]:
+        """The vectors plus s·B times the columns of A that the ids choose."""
+        chosen = F.embedding(ids, self.A.T.to(vectors.dtype))  # (…, rank)
+        return vectors + chosen @ (self.scale * self.B).T.to(vectors.dtype)
 
 
 class _LowRank(torch.autograd.Function):

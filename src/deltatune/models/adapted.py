@@ -1,4 +1,4 @@
-"""A linear layer with a method's delta over its frozen weight: what attaching puts in the layer's place."""
+"""A layer with the deltas of one or more adapters over its frozen weight: what attaching puts in the layer's place."""
 
 from typing import cast
 
@@ -6,26 +6,104 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import UserError
-from deltatune.methods import Delta
+from deltatune.methods import Delta, EmbeddingDelta, Site
 from deltatune.weights import FrozenWeight, weight_of
 
 
-class AdaptedLinear(nn.Module):
-    """The frozen `base` layer and the `delta` that trains; behaves as the layer it replaces.
+class Adapted(nn.Module):
+    """The frozen `base` layer and its `deltas` by the name of their adapter, of which one is active.
 
-    `enabled = False` gives the base's own output, bit for bit.
+    With `active = None`, a name that has no delta here, or `enabled = False` it gives the base's own output, bit for bit.
     """
 
-    def __init__(self, base: nn.Module, delta: nn.Module) -> None:
+    def __init__(self, base: nn.Module, site: Site) -> None:
         super().__init__()
         self.base = base
-        self.delta = delta
+        self.site = site
+        self.deltas = nn.ModuleDict()
+        self.active: str | None = None
         self.enabled = True
-        self._before_merge: Tensor | None = None
+        self._before_merge: tuple[Tensor, Tensor | None] | None = None
+
+    def add(self, name: str, delta: nn.Module) -> None:
+        """Puts a delta beside those that are here and makes it the active one."""
+        self.deltas[name] = delta.train(self.training)
+        self.active = name
+        own = getattr(delta, "bias", None)
+        if isinstance(own, nn.Parameter):
+            with torch.no_grad():
+                own.copy_(self.base.bias)  # type: ignore[arg-type]  # the site says that there is one
+
+    @property
+    def delta(self) -> nn.Module | None:
+        """The active delta; None where the layer is as the base has it."""
+        return self.deltas[self.active] if self.active is not None and self.active in self.deltas else None
+
+    @property
+    def frozen(self) -> FrozenWeight:
+        """The base's weight, as methods see it."""
+        return weight_of(self.base)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight: model code that asks a layer for its type or shape finds it here."""
+        return cast(Tensor, self.base.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that the output has: the active delta's where it trains one, else the base's."""
+        own = getattr(self.delta, "bias", None) if self.enabled else None
+        return own if isinstance(own, nn.Parameter) else cast(Tensor | None, getattr(self.base, "bias", None))
+
+    @property
+    def merged(self) -> bool:
+        """Whether the active delta stands in the base's weight now."""
+        return self._before_merge is not None
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Writes W' over W and keeps W's bits for `unmerge`. Raises `UserError` where W' is not finite."""
+        if self.merged or self.delta is None:
+            return
+        weight = cast(Delta, self.delta).merged(self.frozen.dense())
+        if not torch.isfinite(weight).all():
+            raise UserError("the merged weight has values that are not finite", "the adapter is damaged or diverged")
+        bias, own = getattr(self.base, "bias", None), self.bias
+        self._before_merge = (self.frozen.dense().clone(), None if bias is None else bias.clone())
+        self.frozen.write(weight)
+        if bias is not None and own is not None:
+            bias.copy_(own)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Puts back the bits that W had before `merge`."""
+        if self._before_merge is not None:
+            weight, bias = self._before_merge
+            self.frozen.write(weight)
+            if bias is not None:
+                cast(Tensor, self.base.bias).copy_(bias)
+            self._before_merge = None
+
+    @property
+    def _plain(self) -> bool:
+        return self.merged or not self.enabled or self.delta is None
+
+    def extra_repr(self) -> str:
+        """The states that change the output, when they are not the usual ones."""
+        words = (
+            ("merged", self.merged),
+            ("disabled", not self.enabled),
+            (f"active={self.active}", len(self.deltas) > 1),
+        )
+        return ", ".join(word for word, holds in words if holds)
+
+
+class AdaptedLinear(Adapted):
+    """An adapted `nn.Linear` or `Conv1D`; behaves as the layer it replaces."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out). Under autocast, in its type."""
-        if self.merged or not self.enabled:
+        if self._plain:
             output: Tensor = self.base(x)
             return output
         if torch.is_autocast_enabled(x.device.type):
@@ -35,53 +113,35 @@ class AdaptedLinear(nn.Module):
         return output.view(*x.shape[:-1], -1)
 
     @property
-    def frozen(self) -> FrozenWeight:
-        """The base's weight, as methods see it."""
-        return weight_of(self.base)
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight: model code that asks a linear layer for its type or shape finds it here."""
-        return cast(Tensor, self.base.weight)
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        return cast(Tensor | None, self.base.bias)
-
-    @property
     def in_features(self) -> int:
         """Columns of W, as on `nn.Linear`."""
-        return self.frozen.in_
+        return self.site.in_
 
     @property
     def out_features(self) -> int:
         """Rows of W, as on `nn.Linear`."""
-        return self.frozen.out
+        return self.site.out
+
+
+class AdaptedEmbedding(Adapted):
+    """An adapted `nn.Embedding`; behaves as the layer it replaces."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Ids (…) → vectors (…, width)."""
+        vectors: Tensor = self.base(ids)
+        return vectors if self._plain else cast(EmbeddingDelta, self.delta)(ids, vectors, self.frozen)
 
     @property
-    def merged(self) -> bool:
-        """Whether the delta stands in the base's weight now."""
-        return self._before_merge is not None
+    def num_embeddings(self) -> int:
+        """Size of the vocabulary, as on `nn.Embedding`."""
+        return self.site.in_
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Writes W' over W and keeps W's bits for `unmerge`. Raises `UserError` where W' is not finite."""
-        if self.merged:
-            return
-        weight = cast(Delta, self.delta).merged(self.frozen.dense())
-        if not torch.isfinite(weight).all():
-            raise UserError("the merged weight has values that are not finite", "the adapter is damaged or diverged")
-        self._before_merge = self.frozen.dense().clone()
-        self.frozen.write(weight)
+    @property
+    def embedding_dim(self) -> int:
+        """Width of a vector, as on `nn.Embedding`."""
+        return self.site.out
 
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Puts back the bits that W had before `merge`."""
-        if self._before_merge is not None:
-            self.frozen.write(self._before_merge)
-            self._before_merge = None
 
-    def extra_repr(self) -> str:
-        """The states that change the output, when they are not the usual ones."""
-        return ", ".join(word for word, holds in (("merged", self.merged), ("disabled", not self.enabled)) if holds)
+def adapt(base: nn.Module, site: Site) -> Adapted:
+    """The adapted form of a base layer, without any delta yet."""
+    return (AdaptedEmbedding if site.embedding else AdaptedLinear)(base, site).train(base.training)

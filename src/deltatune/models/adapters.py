@@ -17,14 +17,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from deltatune.errors import UserError
 from deltatune.files import new_folder, read_json, sha256, write_json
 from deltatune.methods import METHODS, Method, WeightDelta, make, options_of
 from deltatune.models.attach import Attachment, adapted_layers, attach, attachment, trainable_parameters
-from deltatune.models.roles import linear_roles
+from deltatune.models.roles import embedding_roles, linear_roles
 
 CONFIG, TENSORS, ABOUT = "adapter_config.json", "adapter_model.safetensors", "deltatune.json"
+_SHARED = "base_model."
 _PREFIX = "base_model.model."
 _RECORD = {"format", "base", "method", "options", "head", "sha256"}
 
@@ -56,13 +58,13 @@ class SavedAdapter:
 
     @property
     def delta_keys(self) -> dict[str, tuple[str, str]]:
-        """Each key that the method defines → its module path and the delta's attribute."""
+        """Each key that belongs to a delta → its module path and its suffix."""
         if not isinstance(self.method, WeightDelta):
             return {}
         return {
-            key: (key.removesuffix(f".{suffix}"), attribute)
+            key: (key.removesuffix(f".{suffix}"), suffix)
             for key in self.tensors
-            for suffix, attribute in self.method.file_keys.items()
+            for suffix in self.method.suffixes
             if key.endswith(f".{suffix}")
         }
 
@@ -75,21 +77,23 @@ def save_adapter(model: nn.Module, folder: Path | str, *, base: str = "", revisi
     done = attachment(model)
     if done is None:
         raise UserError("nothing is attached to this model, so there is nothing to save")
-    tensors = {_PREFIX + name: tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
+    tensors = {_key(name): tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UserError(
                 f"the adapter was not saved: {name} has values that are not finite", "lower the learning rate"
             )
+    portable = done.method.portable() if isinstance(done.method, WeightDelta) else done.method
     with new_folder(Path(folder)) as new:
         save_file(tensors, new / TENSORS, metadata={"format": "pt"})
         write_json(new / CONFIG, _peft_config(model, done, base, revision))
         record = {
             "format": 1,
             "base": {"id": base, "revision": revision, "fingerprint": done.fingerprint},
-            "method": done.method.name,
-            "options": options_of(done.method),
+            "method": portable.name,
+            "options": options_of(portable),
             "head": list(done.head),
+            **({"trained as": options_of(done.method)} if portable != done.method else {}),
             **about,
             "sha256": {name: sha256(new / name) for name in (CONFIG, TENSORS)},
         }
@@ -97,12 +101,21 @@ def save_adapter(model: nn.Module, folder: Path | str, *, base: str = "", revisi
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What an adapter file holds, by path in the base: the deltas' tensors and every other parameter that trains."""
+    """What a file of the active adapter holds, by path in the base: the deltas' tensors and what else trains.
+
+    What is shared over the model has a name that starts with `base_model.`, as PEFT has it.
+    """
+    done = cast(Attachment, attachment(model))
     tensors: dict[str, Tensor] = {}
-    for path, layer in adapted_layers(model).items():
-        method = cast(Attachment, attachment(model)).modules[path]
-        tensors |= {f"{path}.{suffix}": getattr(layer.delta, name) for suffix, name in method.file_keys.items()}
-    deltas = {id(tensor) for tensor in tensors.values()}
+    for path, method in done.modules.items():
+        layer = adapted_layers(model)[path]
+        stored = method.stored(layer.site, cast(nn.Module, layer.delta))
+        tensors |= {f"{path}.{suffix}": tensor for suffix, tensor in stored.items()}
+    if isinstance(done.method, WeightDelta) and done.shared is not None:
+        tensors |= {
+            f"{_SHARED}{suffix}": getattr(done.shared, name) for suffix, name in done.method.shared_suffixes.items()
+        }
+    deltas = {id(p) for layer in adapted_layers(model).values() for p in layer.deltas.parameters()}
     return tensors | {n: p for n, p in trainable_parameters(model).items() if id(p) not in deltas}
 
 
@@ -126,7 +139,7 @@ def read_adapter(folder: Path | str) -> SavedAdapter:
     return replace(saved, method=_on_saved_layers(saved))
 
 
-def load_adapter(model: nn.Module, saved: SavedAdapter | Path | str) -> nn.Module:
+def load_adapter(model: nn.Module, saved: SavedAdapter | Path | str, *, name: str = "default") -> nn.Module:
     """Attaches a saved adapter to its base, in place, and returns the model, in evaluation mode.
 
     Raises `UserError` where the base is another than the one it was trained on, or a tensor is missing, unexpected or
@@ -134,7 +147,7 @@ def load_adapter(model: nn.Module, saved: SavedAdapter | Path | str) -> nn.Modul
     """
     saved = saved if isinstance(saved, SavedAdapter) else read_adapter(saved)
     head = tuple(saved.about["head"]) if saved.about else _head_of(saved)
-    attach(model, saved.method, head=head)
+    attach(model, saved.method, name=name, head=head)
     done = cast(Attachment, attachment(model))
     if saved.about and saved.about["base"]["fingerprint"] != done.fingerprint:
         raise UserError(
@@ -143,10 +156,21 @@ def load_adapter(model: nn.Module, saved: SavedAdapter | Path | str) -> nn.Modul
         )
     wanted = adapter_tensors(model)
     _check(saved, wanted)
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(saved.tensors[name])
+    _fill(model, saved, wanted)
     return model.eval()
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, saved: SavedAdapter, wanted: Mapping[str, Tensor]) -> None:
+    """Puts the saved tensors, whose names and shapes fit, where they belong."""
+    layers, done = adapted_layers(model), cast(Attachment, attachment(model))
+    of_path: dict[str, dict[str, Tensor]] = {}
+    for key, (path, suffix) in saved.delta_keys.items():
+        of_path.setdefault(path, {})[suffix] = saved.tensors[key]
+    for path, tensors in of_path.items():
+        done.modules[path].restore(cast(nn.Module, layers[path].delta), tensors)
+    for key in wanted.keys() - saved.delta_keys.keys():
+        wanted[key].copy_(saved.tensors[key])
 
 
 def _check(saved: SavedAdapter, wanted: Mapping[str, Tensor]) -> None:
@@ -190,14 +214,19 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor).all():
             raise UserError(f"{path} is not usable: {name} has values that are not finite numbers")
     return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
 
 
+def _key(name: str) -> str:
+    """The key in a file of what `adapter_tensors` names."""
+    return name if name.startswith(_SHARED) else _PREFIX + name
+
+
 def _method(config: Mapping[str, Any]) -> Method:
     for kind in METHODS.values():
-        if kind.peft_type == config.get("peft_type") and kind.kind == "weight delta":
+        if kind.kind == "weight delta" and cast(type[WeightDelta], kind).reads(config):
             return cast(type[WeightDelta], kind).from_peft(config)
     known = ", ".join(kind.peft_type for kind in METHODS.values())
     raise UserError(f"adapters of type {config.get('peft_type')!r} are not supported", f"known: {known}")
@@ -212,7 +241,8 @@ def _on_saved_layers(saved: SavedAdapter) -> Method:
 
 
 def _head_of(saved: SavedAdapter) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(key.rpartition(".")[0] for key in saved.tensors if key not in saved.delta_keys))
+    others = (key for key in saved.tensors if key not in saved.delta_keys and not key.startswith(_SHARED))
+    return tuple(dict.fromkeys(key.rpartition(".")[0] for key in others))
 
 
 def _peft_config(model: nn.Module, done: Attachment, base: str, revision: str) -> dict[str, Any]:
@@ -226,16 +256,18 @@ def _peft_config(model: nn.Module, done: Attachment, base: str, revision: str) -
         "modules_to_save": list(done.head) or None,
     }
     if isinstance(done.method, WeightDelta):
-        layers = adapted_layers(model)
-        config |= done.method.to_peft(done.modules)
+        layers = {path: adapted_layers(model)[path] for path in done.modules}
+        modules = {path: method.portable() for path, method in done.modules.items()}
+        deltas = {path: cast(nn.Module, layer.delta) for path, layer in layers.items()}
+        config |= done.method.portable().to_peft(modules, deltas)
         config["target_modules"] = _short_names(model, list(layers))
-        config["fan_in_fan_out"] = all(not isinstance(layer.base, nn.Linear) for layer in layers.values())
+        config["fan_in_fan_out"] = all(isinstance(layer.base, Conv1D) for layer in layers.values())
     return dict(sorted(config.items()))
 
 
 def _short_names(model: nn.Module, paths: list[str]) -> list[str]:
     """The ends of the paths where these name no other layer, else the whole paths."""
-    every = [path.removesuffix(".base") for path in linear_roles(model)]
+    every = [path.removesuffix(".base") for path in (*linear_roles(model), *embedding_roles(model))]
     ends = {path.rpartition(".")[2] for path in paths}
     named = [path for path in every if path.rpartition(".")[2] in ends]
     return sorted(ends) if set(named) == set(paths) else sorted(paths)

@@ -4,18 +4,19 @@ The model stays an ordinary `nn.Module` of its own class, so any training loop w
 """
 
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deltatune.errors import UserError
-from deltatune.methods import Method, Selection, WeightDelta
-from deltatune.models.adapted import AdaptedLinear
+from deltatune.errors import UserError, unknown
+from deltatune.methods import Method, Selection, Site, WeightDelta
+from deltatune.models.adapted import Adapted, adapt
 from deltatune.models.fingerprint import fingerprint
 from deltatune.models.roles import Role
 from deltatune.models.targets import Matched, adaptable, below, match
@@ -29,8 +30,9 @@ _HEAD_NAMES = ("classifier", "score", "classification_head", "pre_classifier")
 
 @dataclass(frozen=True)
 class Attachment:
-    """What `attach` did; stands on the model as `model.attachment`."""
+    """What `attach` did under one name; the active one stands on the model as `model.attachment`."""
 
+    name: str
     method: Method
     head: tuple[str, ...]
     """Paths of the modules that make the head; they train with every method."""
@@ -39,35 +41,126 @@ class Attachment:
     matched: Matched = field(default_factory=lambda: Matched({}))
     modules: Mapping[str, WeightDelta] = field(default_factory=dict)
     """The method of each adapted layer by path: its own hyperparameters where a pattern gives it some."""
+    shared: nn.Module | None = None
+    """What the method's deltas have in common."""
+    resting_head: dict[str, Tensor] = field(default_factory=dict)
+    """The values of this adapter's head while another one is active."""
 
 
-def attach(model: Model, method: Method, *, head: tuple[str, ...] | None = None, seed: int = 0) -> Model:
-    """Attaches `method` to `model` in place and returns the model.
+def attach(
+    model: Model, method: Method, *, name: str = "default", head: tuple[str, ...] | None = None, seed: int = 0
+) -> Model:
+    """Attaches `method` to `model` in place under `name`, makes it the active one, and returns the model.
 
     `head` names the modules that train besides; left out, they are found (`find_head`). `seed` decides the
-    initial values of what is added. Raises `UserError` for targets that match nothing, for hyperparameters that do
-    not fit a layer, and for a model that has a method already.
+    initial values of what is added. Methods that add weight deltas can stand side by side; see `activate`. Raises
+    `UserError` for targets that match nothing, hyperparameters that do not fit a layer, a name that is taken, and for
+    a method that changes the base's own parameters beside another one.
     """
-    if attachment(model) is not None:
-        raise UserError("this model has a method attached already", "load the base again to attach another")
+    others = attachments(model)
+    _check_name(name, method, others)
     head = find_head(model) if head is None else head
-    mark = fingerprint(model, without=head)
+    mark = next(iter(others.values())).fingerprint if others else fingerprint(model, without=head)
     if isinstance(method, WeightDelta):
-        done = _attach_deltas(model, method, head, mark, torch.Generator().manual_seed(seed))
+        done = _attach_deltas(model, method, name, head, mark, torch.Generator().manual_seed(seed))
     elif isinstance(method, Selection):
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(below(name, head) or method.selects(name))
-        done = Attachment(method, head, mark)
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(below(parameter_name, head) or method.selects(parameter_name))
+        done = Attachment(name, method, head, mark)
     else:
         raise UserError(f"{method!r} is no method", "use one such as deltatune.LoRA(rank=8)")
-    model.attachment = done  # type: ignore[assignment]  # a plain object, not a parameter or module
+    if not others:
+        model.attachments = {}  # type: ignore[assignment]  # plain objects, not parameters or modules
+        model.untrained_head = _copies(_head_parameters(model, head))  # type: ignore[assignment]
+    done.resting_head.update(model.untrained_head)  # type: ignore[arg-type]
+    attachments(model)[name] = done
+    return activate(model, name)
+
+
+def activate(model: Model, name: str | None) -> Model:
+    """Makes the adapter of that name the one that acts and trains, its head included; None: the base with its own head.
+
+    Raises `UserError` for an unknown name and while an adapter is merged.
+    """
+    every = attachments(model)
+    if name is not None and name not in every:
+        raise unknown("adapter", name, every)
+    if any(layer.merged for layer in adapted_layers(model).values()):
+        raise UserError("an adapter is merged into this model", "unmerge it first")
+    before, chosen = attachment(model), every.get(name or "")
+    if before is not None:
+        before.resting_head.update(_copies(_head_parameters(model, before.head)))
+    if chosen is not before:
+        head = chosen.resting_head if chosen else getattr(model, "untrained_head", {})
+        with torch.no_grad():
+            for path, value in head.items():
+                model.get_parameter(path).copy_(value)
+    for layer in adapted_layers(model).values():
+        layer.active = name
+    if chosen is None or isinstance(chosen.method, WeightDelta):
+        own = {id(parameter) for delta in _deltas(model).values() for parameter in delta.parameters()}
+        for path, parameter in model.named_parameters():
+            parameter.requires_grad_(id(parameter) in own or (chosen is not None and below(path, chosen.head)))
+    model.attachment = chosen  # type: ignore[assignment]
+    return model
+
+
+def detach(model: Model, name: str = "default") -> Model:
+    """Deletes the adapter of that name with its head; without any adapter left, the model is the base again.
+
+    Raises `UserError` for an unknown name, while an adapter is merged, and for a method that trained the base itself.
+    """
+    every = attachments(model)
+    if name not in every:
+        raise unknown("adapter", name, every)
+    if not isinstance(every[name].method, WeightDelta):
+        raise UserError(f"'{name}' trained the base's own parameters", "load the base again to be rid of it")
+    if attachment(model) is every[name]:
+        activate(model, None)
+    del every[name]
+    for path, layer in adapted_layers(model).items():
+        if name in layer.deltas:
+            del layer.deltas[name]
+        if not layer.deltas:
+            model.set_submodule(path, layer.base)
+    if not every:
+        del model.attachment, model.attachments, model.untrained_head
+        model.requires_grad_(True)
     return model
 
 
 def attachment(model: nn.Module) -> Attachment | None:
-    """What was attached to the model; None for a plain one."""
+    """The active attachment of the model; None for a plain one."""
     found = getattr(model, "attachment", None)
     return found if isinstance(found, Attachment) else None
+
+
+def attachments(model: nn.Module) -> dict[str, Attachment]:
+    """Everything that is attached to the model, by name."""
+    return cast(dict[str, Attachment], getattr(model, "attachments", {}))
+
+
+def _check_name(name: str, method: Method, others: Mapping[str, Attachment]) -> None:
+    if not re.fullmatch(r"[\w-]+", name):
+        raise UserError(f"'{name}' cannot be an adapter's name", "use letters, digits, _ and -")
+    if name in others:
+        raise UserError(
+            f"an adapter named '{name}' is attached already", "give another name, or delete that one with detach"
+        )
+    unlike = [a.method.name for a in others.values() if not isinstance(a.method, WeightDelta)]
+    if unlike or (others and not isinstance(method, WeightDelta)):
+        raise UserError(
+            f"{[*unlike, method.name][0]} trains the base's own parameters, so nothing can stand beside it",
+            "load the base again to attach another",
+        )
+
+
+def _head_parameters(model: nn.Module, head: tuple[str, ...]) -> dict[str, nn.Parameter]:
+    return {path: parameter for path, parameter in model.named_parameters() if below(path, head)}
+
+
+def _copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    return {path: parameter.detach().clone() for path, parameter in parameters.items()}
 
 
 def find_head(model: nn.Module) -> tuple[str, ...]:
@@ -85,14 +178,41 @@ def find_head(model: nn.Module) -> tuple[str, ...]:
     return (*outer, *fresh)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, AdaptedLinear]:
+def adapted_layers(model: nn.Module) -> dict[str, Adapted]:
     """Every adapted layer by its path in the base."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    return {path: module for path, module in model.named_modules() if isinstance(module, Adapted)}
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train, by name; shared ones once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def learning_rates(model: nn.Module) -> dict[str, float]:
+    """The learning rate of each parameter that trains, by name, as a multiple of the run's."""
+    done = attachment(model)
+    factors: dict[int, float] = {}
+    if done is not None and isinstance(done.method, WeightDelta):
+        for path, delta in _deltas(model).items():
+            rates = done.modules[path].rates()
+            factors |= {id(parameter): rates.get(name, 1.0) for name, parameter in delta.named_parameters()}
+    return {name: factors.get(id(parameter), 1.0) for name, parameter in trainable_parameters(model).items()}
+
+
+def penalty(model: nn.Module) -> Tensor | None:
+    """The term that the active method adds to the loss, such as AdaLoRA's; None where it adds none."""
+    done = attachment(model)
+    return done.method.penalty(_deltas(model)) if done and isinstance(done.method, WeightDelta) else None
+
+
+def after_step(model: nn.Module, step: int, steps: int) -> None:
+    """Tells the active method that optimiser step number `step` (from 1) of `steps` is done.
+
+    To be called before the gradients are cleared. Most methods need nothing of it; AdaLoRA spends its budget here.
+    """
+    done = attachment(model)
+    if done and isinstance(done.method, WeightDelta):
+        done.method.after_step(_deltas(model), step, steps)
 
 
 @contextmanager
@@ -109,28 +229,42 @@ def disabled(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
 
 
+def _deltas(model: nn.Module) -> dict[str, nn.Module]:
+    """The active delta of each layer that has one."""
+    return {path: layer.delta for path, layer in adapted_layers(model).items() if layer.delta is not None}
+
+
 def _attach_deltas(
-    model: nn.Module, method: WeightDelta, head: tuple[str, ...], mark: str, generator: torch.Generator
+    model: nn.Module, method: WeightDelta, name: str, head: tuple[str, ...], mark: str, generator: torch.Generator
 ) -> Attachment:
-    roles = adaptable(model, head)
+    roles = adaptable(model, head, embeddings=method.embeddings)
     matched = match(model, roles, method.targets)
     modules = _variants(model, method, {path: roles[path] for path in matched.paths})
+    sites = {path: _site(model, path, roles[path]) for path in modules}
     for path, variant in modules.items():  # refuse before anything is changed
-        weight = weight_of(model.get_submodule(path))
         try:
-            variant.check(weight.out, weight.in_)
+            variant.check(sites[path])
         except UserError as error:
             raise UserError(f"{path}: {error.message}", error.hint) from error
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(below(name, head))
+    shared = method.share(list(sites.values()), generator)
     for path, variant in modules.items():
-        base = model.get_submodule(path)
-        weight = weight_of(base)
-        delta = variant.delta(weight.out, weight.in_, generator).to(next(base.parameters()).device)
-        model.set_submodule(path, AdaptedLinear(base, delta).train(base.training))
+        layer = model.get_submodule(path)
+        layer = layer if isinstance(layer, Adapted) else adapt(layer, sites[path])
+        delta = variant.delta(sites[path], layer.frozen, shared, generator).to(layer.weight.device)
+        layer.add(name, delta)
+        model.set_submodule(path, layer)
     for line in str(matched).splitlines():
         log.info("%s: %s", method.name, line)
-    return Attachment(method, head, mark, matched, modules)
+    return Attachment(name, method, head, mark, matched, modules, shared)
+
+
+def _site(model: nn.Module, path: str, role: Role) -> Site:
+    layer = model.get_submodule(path)
+    if isinstance(layer, Adapted):
+        return layer.site
+    weight = weight_of(layer)
+    has_bias = getattr(layer, "bias", None) is not None
+    return Site(weight.out, weight.in_, path, role, has_bias, isinstance(layer, nn.Embedding))
 
 
 def _variants(model: nn.Module, method: WeightDelta, roles: Mapping[str, Role]) -> dict[str, WeightDelta]:

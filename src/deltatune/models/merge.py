@@ -1,28 +1,56 @@
 """Merging what was trained into the base's weights, and taking it out again to the same bits."""
 
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
 from deltatune.errors import UserError
 from deltatune.methods import WeightDelta
 from deltatune.models.attach import Model, adapted_layers, attachment
 
+log = logging.getLogger("deltatune")
 
-def merge(model: Model) -> Model:
+
+@dataclass(frozen=True)
+class Merged:
+    """What merging did."""
+
+    layers: int
+    """Weights that were replaced by their merged ones."""
+    difference: float | None
+    """The largest difference of any output on the probe, merged against adapted; None without a probe."""
+
+
+def merge(model: nn.Module, probe: Mapping[str, Tensor] | None = None) -> Merged:
     """Writes the merged weight of every adapted layer over the base's, so that inference costs nothing more.
 
-    `unmerge` restores the base's bits. Raises `UserError`, with the model unchanged, where the method cannot be merged
-    or a merged weight is not finite. A selection is in the weights already: nothing is to do.
+    `probe` is a batch of model inputs on which the merged model is held against the adapted one, in evaluation mode.
+    `unmerge` restores the base's bits. Raises `UserError`, with the model unchanged, where the method cannot be
+    merged, a merged weight is not finite, or a weight is tied to another layer that would change with it. A selection
+    is in the weights already: nothing is to do.
     """
     done = attachment(model)
     if done is None:
         raise UserError("nothing is attached to this model, so there is nothing to merge")
     if isinstance(done.method, WeightDelta) and done.method.unmergeable:
         raise UserError(f"{done.method.name} cannot be merged: {done.method.unmergeable}")
-    for path, layer in adapted_layers(model).items():
+    _refuse_ties(model)
+    before = None if probe is None else _output(model, probe)
+    layers = {path: layer for path, layer in adapted_layers(model).items() if layer.delta is not None}
+    for path, layer in layers.items():
         try:
             layer.merge()
         except UserError as error:
             unmerge(model)
             raise UserError(f"{path}: {error.message}", error.hint) from error
-    return model
+    if probe is None or before is None:
+        return Merged(len(layers), None)
+    difference = (_output(model, probe) - before).abs().max().item()
+    log.info("merged %d layers; the largest difference of an output on the probe is %.2g", len(layers), difference)
+    return Merged(len(layers), difference)
 
 
 def unmerge(model: Model) -> Model:
@@ -32,10 +60,34 @@ def unmerge(model: Model) -> Model:
     return model
 
 
-def fold(model: Model) -> Model:
-    """Merges for good: every adapted layer is replaced by its base layer with the merged weight, an ordinary module."""
-    merge(model)
+def fold(model: Model, probe: Mapping[str, Tensor] | None = None) -> Model:
+    """Merges for good: every adapted layer is replaced by its base layer with the merged weight, an ordinary module.
+
+    Other adapters that were attached are gone. See `merge` for `probe` and for what is refused.
+    """
+    merge(model, probe)
     for path, layer in adapted_layers(model).items():
         model.set_submodule(path, layer.base)
-    del model.attachment
+    del model.attachment, model.attachments, model.untrained_head
     return model
+
+
+def _refuse_ties(model: nn.Module) -> None:
+    adapted = {layer.weight.data_ptr(): path for path, layer in adapted_layers(model).items() if layer.delta}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        name = adapted.get(parameter.data_ptr())
+        if name is not None and not path.startswith(f"{name}.base."):
+            raise UserError(
+                f"{name} cannot be merged: its weight is tied to {path}, which would change with it",
+                "keep the adapter beside the base, or adapt other layers",
+            )
+
+
+@torch.no_grad()
+def _output(model: nn.Module, probe: Mapping[str, Tensor]) -> Tensor:
+    training = model.training
+    try:
+        output: Tensor = model.eval()(**probe).logits
+    finally:
+        model.train(training)
+    return output

@@ -9,10 +9,14 @@ from collections.abc import Mapping
 from typing import Literal
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from deltatune.weights import is_linear, weight_of
 
-Role = Literal["query", "key", "value", "qkv", "attention-output", "attention", "gate", "up", "down", "pooler", "other"]
+Role = Literal[
+    "query", "key", "value", "qkv", "attention-output", "attention", "gate", "up", "down", "pooler", "other",
+    "token-embedding", "embedding",
+]  # fmt: skip
 
 _ENDS: Mapping[Role, str] = {
     # the end of the path                                                        seen in
@@ -69,14 +73,30 @@ _BY_END: dict[str, Role] = {
 ALIASES: Mapping[str, frozenset[Role]] = {
     "attention": frozenset({"query", "key", "value", "qkv", "attention-output", "attention"}),
     "attention-qv": frozenset({"query", "value", "qkv"}),
+    "attention-kv": frozenset({"key", "value", "qkv"}),
     "mlp": frozenset({"gate", "up", "down"}),
+    "mlp-down": frozenset({"down"}),
+    "embeddings": frozenset({"token-embedding"}),
 }
 """Words for several roles at once. `all-linear`, every linear layer outside of the head, stands for itself."""
+
+EMBEDDINGS: frozenset[Role] = frozenset({"token-embedding", "embedding"})
+"""The roles of embeddings; `all-linear` has none of them."""
 
 
 def linear_roles(model: nn.Module) -> dict[str, Role]:
     """The role of each linear layer of `model`, by module path, in the model's order."""
     return {path: _role(path, module) for path, module in model.named_modules() if is_linear(module)}
+
+
+def embedding_roles(model: nn.Module) -> dict[str, Role]:
+    """The role of each plain embedding of `model`, by module path: that of its input tokens, or another."""
+    tokens = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    return {
+        path: "token-embedding" if module is tokens else "embedding"
+        for path, module in model.named_modules()
+        if type(module) is nn.Embedding  # a class of its own may do more than look vectors up
+    }
 
 
 def _role(path: str, module: nn.Module) -> Role:

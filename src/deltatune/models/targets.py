@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from deltatune.errors import UserError
 from deltatune.methods import Targets
-from deltatune.models.roles import ALIASES, Role, linear_roles
+from deltatune.models.roles import ALIASES, EMBEDDINGS, Role, embedding_roles, linear_roles
 
 ALL = "all-linear"
 
@@ -30,17 +30,21 @@ class Matched:
         return "\n".join(f"{entry}: {_counted(paths)}" for entry, paths in self.entries.items())
 
 
-def adaptable(model: nn.Module, head: Iterable[str] = ()) -> dict[str, Role]:
-    """The linear layers that may be adapted, with their roles: all but the head and the output embedding."""
+def adaptable(model: nn.Module, head: Iterable[str] = (), embeddings: bool = False) -> dict[str, Role]:
+    """The layers that may be adapted, with their roles: the linear ones but the head and the output embedding.
+
+    With `embeddings` the plain embeddings, too.
+    """
     vocabulary = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     outside = (*head, *(path for path, module in model.named_modules() if module is vocabulary and path))
-    return {path: role for path, role in linear_roles(model).items() if not below(path, outside)}
+    roles = {**linear_roles(model), **(embedding_roles(model) if embeddings else {})}
+    return {path: role for path, role in roles.items() if not below(path, outside)}
 
 
 def match(model: nn.Module, roles: Mapping[str, Role], targets: Targets) -> Matched:
     """Finds the layers among `roles` (see `adaptable`) that `targets` names.
 
-    An entry is an alias (`all-linear`, `attention`, `attention-qv`, `mlp`), a module name (the end of a path, such as
+    An entry is an alias (`all-linear`, `attention`, `mlp`, `embeddings`, …), a module name (the end of a path, such as
     `query` or `attention.output.dense`) or a regular expression for such an end. Raises `UserError` for an entry that
     matches nothing, with the nearest names that would.
     """
@@ -57,7 +61,7 @@ def below(path: str, parents: Iterable[str]) -> bool:
 
 def _match(model: nn.Module, entry: str, roles: Mapping[str, Role]) -> tuple[str, ...]:
     if entry == ALL:
-        found = tuple(roles)
+        found = tuple(path for path, role in roles.items() if role not in EMBEDDINGS)
     elif entry in ALIASES:
         found = tuple(path for path, role in roles.items() if role in ALIASES[entry])
     else:

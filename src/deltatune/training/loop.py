@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from deltatune.data.batches import Batch, collate, epoch
 from deltatune.data.tokens import Tokens
 from deltatune.errors import UserError
-from deltatune.models.attach import trainable_parameters
+from deltatune.models.attach import after_step, learning_rates, penalty, trainable_parameters
 from deltatune.training.evaluation import Scores, evaluate
 from deltatune.training.events import Evaluated, Finished, Listener, Started, Step
 from deltatune.training.precision import Computed, autocast
@@ -40,7 +40,7 @@ def train(
     groups = _plan(examples, settings, seed)
     at = _validation_steps(len(groups), settings)
     parameters = trainable_parameters(model)
-    optimizer = _adamw(parameters, learning_rate, settings.weight_decay)
+    optimizer = _adamw(parameters, learning_rates(model), settings.weight_decay)
     kept = _Kept(settings.keep)
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -61,20 +61,24 @@ def train(
         torch.manual_seed(seed)
         for step, group in enumerate(groups, start=1):
             began = time.perf_counter()
+            current = learning_rate * rate(step - 1, len(groups), settings.warmup, settings.schedule)
             for part in optimizer.param_groups:
-                part["lr"] = learning_rate * rate(step - 1, len(groups), settings.warmup, settings.schedule)
+                part["lr"] = current * part["factor"]
             batches = [collate(examples, places, model.config.pad_token_id) for places in group]
             loss = _accumulate(model, batches, precision)
+            if (extra := penalty(model)) is not None:
+                extra.backward()  # type: ignore[no-untyped-call]
             norm = nn.utils.clip_grad_norm_(parameters.values(), settings.clip or math.inf).item()
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise _diverged(step, loss, parameters)
             optimizer.step()
+            after_step(model, step, len(groups))
             optimizer.zero_grad()
             seconds += time.perf_counter() - began
             seen += sum(map(len, group))
             tokens += sum(batch.tokens for batch in batches)
             done = step / len(groups) * settings.epochs
-            listen(Step(step, done, loss, optimizer.param_groups[0]["lr"], norm, seen, tokens, seconds))
+            listen(Step(step, done, loss, current, norm, seen, tokens, seconds))
             if step in at:
                 began = time.perf_counter()
                 scores = evaluate(model, validation, precision)
@@ -109,13 +113,21 @@ def _validation_steps(steps: int, settings: Training) -> set[int]:
     return {math.ceil(steps * k / count) for k in range(1, count + 1)}
 
 
-def _adamw(parameters: dict[str, nn.Parameter], learning_rate: float, decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) with decay on matrices only."""
-    groups = [
-        {"params": [p for p in parameters.values() if p.ndim > 1], "weight_decay": decay},
-        {"params": [p for p in parameters.values() if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, fused=True)
+def _adamw(parameters: dict[str, nn.Parameter], factors: dict[str, float], decay: float) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) with decay on matrices only.
+
+    Parameters with the same factor of the learning rate share a group; the loop sets each group's rate.
+    """
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        groups.setdefault((parameter.ndim > 1, factors[name]), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {"params": group, "weight_decay": decay if matrix else 0.0, "factor": factor}
+            for (matrix, factor), group in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+        ],
+        fused=True,
+    )
 
 
 def _accumulate(model: PreTrainedModel, batches: list[Batch], precision: Computed) -> float:

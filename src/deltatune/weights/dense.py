@@ -1,4 +1,4 @@
-"""A weight stored in fp32 or bf16: (out, in) as in `nn.Linear`, or (in, out) as in GPT-2's `Conv1D`."""
+"""A weight stored in fp32 or bf16: (out, in) as in `nn.Linear`, or (in, out) as in GPT-2's `Conv1D` and embeddings."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class DenseWeight:
-    """The weight of an `nn.Linear`, or of a `Conv1D` (`transposed`), read from the module at each use."""
+    """The weight of an `nn.Linear`, or (`transposed`) of a `Conv1D` or `nn.Embedding`, read at each use."""
 
     def __init__(self, module: nn.Module, transposed: bool) -> None:
         self._module = module

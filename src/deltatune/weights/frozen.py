@@ -52,9 +52,12 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def weight_of(module: nn.Module) -> FrozenWeight:
-    """The frozen weight that a linear module holds; it follows the module when that is moved or cast."""
-    if isinstance(module, Conv1D):
+    """The frozen weight that a linear module or an embedding holds; it follows the module when that is moved or cast.
+
+    An embedding is a linear map of one-hot vectors: its W is (width, vocabulary).
+    """
+    if isinstance(module, Conv1D | nn.Embedding):
         return DenseWeight(module, transposed=True)
     if isinstance(module, nn.Linear):
         return DenseWeight(module, transposed=False)
-    raise TypeError(f"{type(module).__name__} is not a linear module")
+    raise TypeError(f"{type(module).__name__} holds no weight that can be adapted")
