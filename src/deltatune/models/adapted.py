@@ -13,7 +13,7 @@ from deltatune.weights import FrozenWeight, weight_of
 class Adapted(nn.Module):
     """The frozen `base` layer and its `deltas` by the name of their adapter, of which one is active.
 
-    With `active = None`, a name that has no delta here, or `enabled = False` it gives the base's own output, bit for bit.
+    With `active = None`, a name that has no delta here, or `enabled = False` it gives the base's own output.
     """
 
     def __init__(self, base: nn.Module, site: Site) -> None:
