@@ -14,7 +14,12 @@ from deltatune.methods.full import Full
 from deltatune.methods.head import Head
 from deltatune.methods.lora import LoRA
 
-METHODS: Mapping[str, type[Method]] = {method.name: method for method in (Full, Head, LoRA)}
+_EVERY: tuple[type[Method], ...] = (
+    Full,
+    Head,
+    LoRA,
+)
+METHODS: Mapping[str, type[Method]] = {method.name: method for method in _EVERY}
 """Every registered method, by its name."""
 
 
