@@ -47,6 +47,33 @@ class Attachment:
     """The values of this adapter's head while another one is active."""
 
 
+@dataclass(frozen=True)
+class Placed:
+    """Where a method would stand on a model, found from shapes alone."""
+
+    matched: Matched
+    modules: dict[str, WeightDelta]
+    """The method of each layer by path: its own hyperparameters where a pattern gives it some."""
+    sites: dict[str, Site]
+
+
+def place(model: nn.Module, method: WeightDelta, head: tuple[str, ...]) -> Placed:
+    """Finds the layers that `method` adapts, outside of `head`, and changes nothing.
+
+    Raises `UserError` for targets that match nothing, and for hyperparameters that do not fit a layer, which it names.
+    """
+    roles = adaptable(model, head, embeddings=method.embeddings)
+    matched = match(model, roles, method.targets)
+    modules = _variants(model, method, {path: roles[path] for path in matched.paths})
+    sites = {path: _site(model, path, roles[path]) for path in modules}
+    for path, variant in modules.items():
+        try:
+            variant.check(sites[path])
+        except UserError as error:
+            raise UserError(f"{path}: {error.message}", error.hint) from error
+    return Placed(matched, modules, sites)
+
+
 def attach(
     model: Model, method: Method, *, name: str = "default", head: tuple[str, ...] | None = None, seed: int = 0
 ) -> Model:
@@ -237,25 +264,17 @@ def _deltas(model: nn.Module) -> dict[str, nn.Module]:
 def _attach_deltas(
     model: nn.Module, method: WeightDelta, name: str, head: tuple[str, ...], mark: str, generator: torch.Generator
 ) -> Attachment:
-    roles = adaptable(model, head, embeddings=method.embeddings)
-    matched = match(model, roles, method.targets)
-    modules = _variants(model, method, {path: roles[path] for path in matched.paths})
-    sites = {path: _site(model, path, roles[path]) for path in modules}
-    for path, variant in modules.items():  # refuse before anything is changed
-        try:
-            variant.check(sites[path])
-        except UserError as error:
-            raise UserError(f"{path}: {error.message}", error.hint) from error
-    shared = method.share(list(sites.values()), generator)
-    for path, variant in modules.items():
+    placed = place(model, method, head)
+    shared = method.share(list(placed.sites.values()), generator)
+    for path, variant in placed.modules.items():
         layer = model.get_submodule(path)
-        layer = layer if isinstance(layer, Adapted) else adapt(layer, sites[path])
-        delta = variant.delta(sites[path], layer.frozen, shared, generator).to(layer.weight.device)
+        layer = layer if isinstance(layer, Adapted) else adapt(layer, placed.sites[path])
+        delta = variant.delta(layer.site, layer.frozen, shared, generator).to(layer.weight.device)
         layer.add(name, delta)
         model.set_submodule(path, layer)
-    for line in str(matched).splitlines():
+    for line in str(placed.matched).splitlines():
         log.info("%s: %s", method.name, line)
-    return Attachment(name, method, head, mark, matched, modules, shared)
+    return Attachment(name, method, head, mark, placed.matched, placed.modules, shared)
 
 
 def _site(model: nn.Module, path: str, role: Role) -> Site:
