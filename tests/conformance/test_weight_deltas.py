@@ -145,6 +145,8 @@ def test_what_is_kept_for_backward_is_what_was_stated(method: WeightDelta, stora
         layer(x)
     assert sum(tensor.nbytes for tensor in kept.values()) == method.kept_for_backward(layer.site, 16, x.element_size())
     assert weight_of(layer.base).dense().data_ptr() not in kept, "the frozen weight is not kept again"
+    sizes = {tuple(sorted(tensor.shape)) for tensor in (*kept.values(), *layer.delta.buffers())}
+    assert (12, 20) not in sizes, "nothing of the weight's size is kept"
 
 
 def test_any_number_of_leading_dimensions_gives_the_same_output(method: WeightDelta) -> None:
