@@ -10,7 +10,10 @@ from transformers.pytorch_utils import Conv1D
 from deltatune.methods import METHODS, Method, Site, WeightDelta, make
 from deltatune.models.adapted import AdaptedLinear
 
-FITTING: dict[str, dict] = {}
+FITTING: dict[str, dict] = {
+    "oft": {"block_size": 4},
+    "hira": {"rank": 4},
+}
 """Options without which a method does not fit layers as small as the ones here."""
 
 VARIANTS: dict[str, list[dict]] = {
@@ -19,8 +22,27 @@ VARIANTS: dict[str, list[dict]] = {
         {"rank": 4, "dropout": 0.3},
         {"rank": 2, "bias": "adapted", "lr_ratio": 16.0},
     ],
+    "oft": [
+        {"neumann_terms": 5},
+        {"block_share": True},
+        {"blocks": 2},
+        {"block_size": 5, "adjust": True, "neumann_terms": 4},
+    ],
+    "loha": [{"rank": 1}, {"rank": 2, "alpha": 5.0}],
+    "lokr": [
+        {"rank": 1, "alpha": 3.0, "decompose_both": True},
+        {"rank": 2, "decompose_factor": 2},
+    ],
+    "hira": [{"rank": 3, "dropout": 0.3}],
 }
 """Options that change a formula and so deserve the laws of their own; the defaults are always tested."""
+
+PEFT_LACKS: dict[str, tuple[str, ...]] = {
+    "oft": ("gpt2",),
+    "loha": ("gpt2",),
+    "lokr": ("gpt2",),
+}
+"""Architectures that PEFT refuses for a method although it has it: those with layers of type `Conv1D`."""
 
 
 def _named(kind: str) -> dict[str, Method]:

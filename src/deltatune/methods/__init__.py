@@ -3,15 +3,23 @@
 from deltatune.methods.contract import Delta, EmbeddingDelta, Method, Selection, Site, Targets, WeightDelta
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
+from deltatune.methods.hira import HiRA
+from deltatune.methods.loha import LoHa
+from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
+from deltatune.methods.oft import OFT
 from deltatune.methods.registry import METHODS, make, options_of, parse, parse_option
 
 __all__ = [
     "METHODS",
+    "OFT",
     "Delta",
     "EmbeddingDelta",
     "Full",
     "Head",
+    "HiRA",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "Method",
     "Selection",

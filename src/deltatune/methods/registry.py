@@ -12,12 +12,20 @@ from deltatune.errors import UserError, unknown
 from deltatune.methods.contract import Method
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
+from deltatune.methods.hira import HiRA
+from deltatune.methods.loha import LoHa
+from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
+from deltatune.methods.oft import OFT
 
 _EVERY: tuple[type[Method], ...] = (
     Full,
     Head,
     LoRA,
+    OFT,
+    LoHa,
+    LoKr,
+    HiRA,
 )
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _EVERY}
 """Every registered method, by its name."""
