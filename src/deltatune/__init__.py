@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from deltatune.comparing.experiment import Experiment, make_experiment, read_experiment
     from deltatune.data import Split, TextData, load_data
     from deltatune.errors import UserError
-    from deltatune.methods import METHODS, Full, Head, LoRA, make
+    from deltatune.methods import IA3, METHODS, AdaLoRA, Full, Head, LoRA, MiSS, make
     from deltatune.models.adapters import load_adapter, read_adapter, save_adapter
     from deltatune.models.attach import activate, after_step, attach, attachment, detach, disabled, penalty
     from deltatune.models.base import Base, load
@@ -24,7 +24,7 @@ _HOMES = {
     "deltatune.comparing.experiment": ("Experiment", "make_experiment", "read_experiment"),
     "deltatune.data": ("Split", "TextData", "load_data"),
     "deltatune.errors": ("UserError",),
-    "deltatune.methods": ("METHODS", "Full", "Head", "LoRA", "make"),
+    "deltatune.methods": ("IA3", "METHODS", "AdaLoRA", "Full", "Head", "LoRA", "MiSS", "make"),
     "deltatune.models.adapters": ("load_adapter", "read_adapter", "save_adapter"),
     "deltatune.models.attach": ("activate", "after_step", "attach", "attachment", "detach", "disabled", "penalty"),
     "deltatune.models.base": ("Base", "load"),
@@ -35,7 +35,9 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "IA3",
     "METHODS",
+    "AdaLoRA",
     "Base",
     "Comparison",
     "Experiment",
@@ -43,6 +45,7 @@ __all__ = [
     "Head",
     "LoRA",
     "Merged",
+    "MiSS",
     "Split",
     "TextData",
     "Training",

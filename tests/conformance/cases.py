@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from deltatune.methods import METHODS, Method, Site, WeightDelta, make
 from deltatune.models.adapted import AdaptedLinear
 
-FITTING: dict[str, dict] = {}
+FITTING: dict[str, dict] = {"miss": {"rank": 4}}
 """Options without which a method does not fit layers as small as the ones here."""
 
 VARIANTS: dict[str, list[dict]] = {
@@ -19,6 +19,9 @@ VARIANTS: dict[str, list[dict]] = {
         {"rank": 4, "dropout": 0.3},
         {"rank": 2, "bias": "adapted", "lr_ratio": 16.0},
     ],
+    "adalora": [{"init_r": 3, "target_r": 2, "alpha": 5.0, "dropout": 0.3}],
+    "ia3": [{"scales": "input"}],
+    "miss": [{"rank": 5}, {"rank": 12, "dropout": 0.3}],
 }
 """Options that change a formula and so deserve the laws of their own; the defaults are always tested."""
 
@@ -34,6 +37,9 @@ def _named(kind: str) -> dict[str, Method]:
         for options in [{}, *VARIANTS.get(name, [])]
     }
 
+
+NOT_IN_PEFT: dict[str, tuple[str, ...]] = {"miss": ("gpt2",)}
+"""Architectures with layers on which PEFT lacks the method: its MiSS is for `nn.Linear` alone."""
 
 DELTAS: dict[str, WeightDelta] = _named("weight delta")
 SELECTIONS = _named("selection")

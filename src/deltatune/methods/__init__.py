@@ -1,19 +1,25 @@
 """What is trained: one file per method, and the contract they share."""
 
+from deltatune.methods.adalora import AdaLoRA
 from deltatune.methods.contract import Delta, EmbeddingDelta, Method, Selection, Site, Targets, WeightDelta
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
+from deltatune.methods.ia3 import IA3
 from deltatune.methods.lora import LoRA
+from deltatune.methods.miss import MiSS
 from deltatune.methods.registry import METHODS, make, options_of, parse, parse_option
 
 __all__ = [
+    "IA3",
     "METHODS",
+    "AdaLoRA",
     "Delta",
     "EmbeddingDelta",
     "Full",
     "Head",
     "LoRA",
     "Method",
+    "MiSS",
     "Selection",
     "Site",
     "Targets",

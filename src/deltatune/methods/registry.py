@@ -9,15 +9,21 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from deltatune.errors import UserError, unknown
+from deltatune.methods.adalora import AdaLoRA
 from deltatune.methods.contract import Method
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
+from deltatune.methods.ia3 import IA3
 from deltatune.methods.lora import LoRA
+from deltatune.methods.miss import MiSS
 
 _EVERY: tuple[type[Method], ...] = (
     Full,
     Head,
     LoRA,
+    AdaLoRA,
+    IA3,
+    MiSS,
 )
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _EVERY}
 """Every registered method, by its name."""
