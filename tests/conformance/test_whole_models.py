@@ -1,6 +1,7 @@
 """The laws of a method on a whole model, for every registered method on every tiny architecture."""
 
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
 def in_peft(architecture: str, method: Method, folder: Path) -> peft.PeftModel:
     """The tiny base with the adapter of that folder, as PEFT loads it; the test is skipped where PEFT refuses."""
     if architecture in NOT_IN_PEFT.get(method.name, ()):
-        with pytest.raises(TypeError, match="not supported"):
+        with warnings.catch_warnings(action="ignore"), pytest.raises(TypeError, match="not supported"):
             peft.PeftModel.from_pretrained(tiny_model(architecture), folder)
         pytest.skip(f"PEFT has no {method.title} on layers of {architecture}")
     return peft.PeftModel.from_pretrained(tiny_model(architecture), folder).eval()
