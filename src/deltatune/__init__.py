@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from deltatune.data import Split, TextData, load_data
     from deltatune.errors import UserError
     from deltatune.methods import METHODS, OFT, Full, Head, HiRA, LoHa, LoKr, LoRA, make
+    from deltatune.methods import IA3, METHODS, AdaLoRA, Full, Head, LoRA, MiSS, make
     from deltatune.models.adapters import load_adapter, read_adapter, save_adapter
     from deltatune.models.attach import activate, after_step, attach, attachment, detach, disabled, penalty
     from deltatune.models.base import Base, load
@@ -25,6 +26,7 @@ _HOMES = {
     "deltatune.data": ("Split", "TextData", "load_data"),
     "deltatune.errors": ("UserError",),
     "deltatune.methods": ("METHODS", "OFT", "Full", "Head", "HiRA", "LoHa", "LoKr", "LoRA", "make"),
+    "deltatune.methods": ("IA3", "METHODS", "AdaLoRA", "Full", "Head", "LoRA", "MiSS", "make"),
     "deltatune.models.adapters": ("load_adapter", "read_adapter", "save_adapter"),
     "deltatune.models.attach": ("activate", "after_step", "attach", "attachment", "detach", "disabled", "penalty"),
     "deltatune.models.base": ("Base", "load"),
@@ -35,8 +37,10 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "IA3",
     "METHODS",
     "OFT",
+    "AdaLoRA",
     "Base",
     "Comparison",
     "Experiment",
@@ -47,6 +51,7 @@ __all__ = [
     "LoKr",
     "LoRA",
     "Merged",
+    "MiSS",
     "Split",
     "TextData",
     "Training",

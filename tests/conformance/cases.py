@@ -14,6 +14,7 @@ FITTING: dict[str, dict] = {
     "oft": {"block_size": 4},
     "hira": {"rank": 4},
 }
+FITTING: dict[str, dict] = {"miss": {"rank": 4}}
 """Options without which a method does not fit layers as small as the ones here."""
 
 VARIANTS: dict[str, list[dict]] = {
@@ -34,6 +35,9 @@ VARIANTS: dict[str, list[dict]] = {
         {"rank": 2, "decompose_factor": 2},
     ],
     "hira": [{"rank": 3, "dropout": 0.3}],
+    "adalora": [{"init_r": 3, "target_r": 2, "alpha": 5.0, "dropout": 0.3}],
+    "ia3": [{"scales": "input"}],
+    "miss": [{"rank": 5}, {"rank": 12, "dropout": 0.3}],
 }
 """Options that change a formula and so deserve the laws of their own; the defaults are always tested."""
 
@@ -41,6 +45,7 @@ PEFT_LACKS: dict[str, tuple[str, ...]] = {
     "oft": ("gpt2",),
     "loha": ("gpt2",),
     "lokr": ("gpt2",),
+    "miss": ("gpt2",),
 }
 """Architectures that PEFT refuses for a method although it has it: those with layers of type `Conv1D`."""
 

@@ -106,11 +106,10 @@ def test_the_fast_backward_is_that_of_the_plain_formula(method: WeightDelta, sto
     layer = shaken(adapted(method, storage).double()).eval()
     if not hasattr(layer.delta, "bias") or layer.delta.bias is None:
         layer.base.bias.requires_grad_(bias_trains)
-    bias = layer.bias
     x = inputs(layer, 6).requires_grad_()
     outward = torch.randn(6, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
-    plain = F.linear(x, layer.delta.merged(weight_of(layer.base).dense()), bias)
+    plain = F.linear(x, layer.delta.merged(weight_of(layer.base).dense()), layer.merged_bias)
     fast = layer(x)
     assert close(fast, plain)
     for ours, theirs in zip(

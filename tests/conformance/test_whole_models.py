@@ -1,6 +1,7 @@
 """The laws of a method on a whole model, for every registered method on every tiny architecture."""
 
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 

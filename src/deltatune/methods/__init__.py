@@ -1,5 +1,6 @@
 """What is trained: one file per method, and the contract they share."""
 
+from deltatune.methods.adalora import AdaLoRA
 from deltatune.methods.contract import Delta, EmbeddingDelta, Method, Selection, Site, Targets, WeightDelta
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
@@ -8,11 +9,16 @@ from deltatune.methods.loha import LoHa
 from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
 from deltatune.methods.oft import OFT
+from deltatune.methods.ia3 import IA3
+from deltatune.methods.lora import LoRA
+from deltatune.methods.miss import MiSS
 from deltatune.methods.registry import METHODS, make, options_of, parse, parse_option
 
 __all__ = [
+    "IA3",
     "METHODS",
     "OFT",
+    "AdaLoRA",
     "Delta",
     "EmbeddingDelta",
     "Full",
@@ -22,6 +28,7 @@ __all__ = [
     "LoKr",
     "LoRA",
     "Method",
+    "MiSS",
     "Selection",
     "Site",
     "Targets",

@@ -63,7 +63,8 @@ class Method(Protocol):
 class Delta(Protocol):
     """The trained module over one frozen weight. A real one is also an `nn.Module`.
 
-    One that trains the layer's bias as well holds it as `bias`; it then stands in for the base's.
+    One that trains the layer's bias as well holds it as `bias`; it then stands in for the base's. One that changes
+    the bias otherwise has `merged_bias(bias)`: the bias that belongs to the merged weight.
     """
 
     def merged(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
@@ -151,6 +152,10 @@ class WeightDelta(Method, Protocol):
 
     def after_step(self, deltas: Mapping[str, nn.Module], step: int, steps: int) -> None:
         """Is called after optimiser step number `step` (from 1) of `steps`, while the gradients still stand."""
+
+    def settled(self, step: int, steps: int) -> bool:
+        """Whether what is trained has its final form after that step; the weights of no other step are kept."""
+        return True
 
     # Its file form.
 

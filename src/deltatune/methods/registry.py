@@ -9,6 +9,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from deltatune.errors import UserError, unknown
+from deltatune.methods.adalora import AdaLoRA
 from deltatune.methods.contract import Method
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
@@ -17,6 +18,9 @@ from deltatune.methods.loha import LoHa
 from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
 from deltatune.methods.oft import OFT
+from deltatune.methods.ia3 import IA3
+from deltatune.methods.lora import LoRA
+from deltatune.methods.miss import MiSS
 
 _EVERY: tuple[type[Method], ...] = (
     Full,
@@ -26,6 +30,9 @@ _EVERY: tuple[type[Method], ...] = (
     LoHa,
     LoKr,
     HiRA,
+    AdaLoRA,
+    IA3,
+    MiSS,
 )
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _EVERY}
 """Every registered method, by its name."""

@@ -56,6 +56,12 @@ class Adapted(nn.Module):
         return own if isinstance(own, nn.Parameter) else cast(Tensor | None, getattr(self.base, "bias", None))
 
     @property
+    def merged_bias(self) -> Tensor | None:
+        """The bias that belongs to the merged weight."""
+        change = getattr(self.delta, "merged_bias", None)
+        return self.bias if change is None or self.bias is None or self.merged else cast(Tensor, change(self.bias))
+
+    @property
     def merged(self) -> bool:
         """Whether the active delta stands in the base's weight now."""
         return self._before_merge is not None
@@ -68,11 +74,11 @@ class Adapted(nn.Module):
         weight = cast(Delta, self.delta).merged(self.frozen.dense())
         if not torch.isfinite(weight).all():
             raise UserError("the merged weight has values that are not finite", "the adapter is damaged or diverged")
-        bias, own = getattr(self.base, "bias", None), self.bias
+        bias, merged = getattr(self.base, "bias", None), self.merged_bias
         self._before_merge = (self.frozen.dense().clone(), None if bias is None else bias.clone())
         self.frozen.write(weight)
-        if bias is not None and own is not None:
-            bias.copy_(own)
+        if bias is not None and merged is not None:
+            bias.copy_(merged)
 
     @torch.no_grad()
     def unmerge(self) -> None:

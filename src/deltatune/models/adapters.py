@@ -24,6 +24,7 @@ from deltatune.files import new_folder, read_json, sha256, write_json
 from deltatune.methods import METHODS, Method, WeightDelta, make, options_of
 from deltatune.models.attach import Attachment, adapted_layers, attach, attachment, trainable_parameters
 from deltatune.models.roles import embedding_roles, linear_roles
+from deltatune.models.targets import ending
 
 CONFIG, TENSORS, ABOUT = "adapter_config.json", "adapter_model.safetensors", "deltatune.json"
 _SHARED = "base_model."
@@ -233,11 +234,19 @@ def _method(config: Mapping[str, Any]) -> Method:
 
 
 def _on_saved_layers(saved: SavedAdapter) -> Method:
-    """The method with exactly those layers as targets that the file holds tensors for."""
+    """The method with exactly those layers as targets that the file holds tensors for, and patterns for these alone."""
     paths = tuple(dict.fromkeys(path for path, _ in saved.delta_keys.values()))
     if not paths:
         raise UserError(f"{saved.folder} holds no tensor of a {saved.method.name} adapter")
-    return replace(saved.method, targets=paths)  # type: ignore[type-var]
+    patterns = {
+        field: {
+            entry: value
+            for entry, value in getattr(saved.method, field).items()
+            if any(ending(entry).fullmatch(path) for path in paths)
+        }
+        for field in cast(WeightDelta, saved.method).patterns
+    }
+    return replace(saved.method, targets=paths, **patterns)  # type: ignore[type-var]
 
 
 def _head_of(saved: SavedAdapter) -> tuple[str, ...]:
@@ -261,7 +270,8 @@ def _peft_config(model: nn.Module, done: Attachment, base: str, revision: str) -
         deltas = {path: cast(nn.Module, layer.delta) for path, layer in layers.items()}
         config |= done.method.portable().to_peft(modules, deltas)
         config["target_modules"] = _short_names(model, list(layers))
-        config["fan_in_fan_out"] = all(isinstance(layer.base, Conv1D) for layer in layers.values())
+        if all(isinstance(layer.base, Conv1D) for layer in layers.values()):
+            config["fan_in_fan_out"] = True  # not every config of PEFT's has the field
     return dict(sorted(config.items()))
 
 

@@ -242,6 +242,12 @@ def after_step(model: nn.Module, step: int, steps: int) -> None:
         done.method.after_step(_deltas(model), step, steps)
 
 
+def settled(model: nn.Module, step: int, steps: int) -> bool:
+    """Whether what trains has its final form after that step; AdaLoRA's has more than its budget before."""
+    done = attachment(model)
+    return not (done and isinstance(done.method, WeightDelta)) or done.method.settled(step, steps)
+
+
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Within the block the adapted layers give the base's own output. (The trained head stays as it is.)"""
