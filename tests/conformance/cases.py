@@ -10,7 +10,9 @@ from transformers.pytorch_utils import Conv1D
 from deltatune.methods import METHODS, Method, Site, WeightDelta, make
 from deltatune.models.adapted import AdaptedLinear
 
-FITTING: dict[str, dict] = {}
+FITTING: dict[str, dict] = {
+    "vblora": {"vector_length": 4},
+}
 """Options without which a method does not fit layers as small as the ones here."""
 
 VARIANTS: dict[str, list[dict]] = {
@@ -18,6 +20,16 @@ VARIANTS: dict[str, list[dict]] = {
         {"rank": 3, "alpha": 5.0, "rslora": True},
         {"rank": 4, "dropout": 0.3},
         {"rank": 2, "bias": "adapted", "lr_ratio": 16.0},
+    ],
+    "vblora": [
+        {"rank": 2, "num_vectors": 20, "topk": 3, "vector_length": 2},
+        {"dropout": 0.3},
+        {"save_only_topk": True},
+    ],
+    "vera": [
+        {"rank": 6, "d_initial": 0.5, "projection_seed": 3},
+        {"rank": 16, "dropout": 0.3},
+        {"rank": 16, "save_projection": False},
     ],
 }
 """Options that change a formula and so deserve the laws of their own; the defaults are always tested."""

@@ -5,6 +5,8 @@ from deltatune.methods.full import Full
 from deltatune.methods.head import Head
 from deltatune.methods.lora import LoRA
 from deltatune.methods.registry import METHODS, make, options_of, parse, parse_option
+from deltatune.methods.vblora import VBLoRA
+from deltatune.methods.vera import VeRA
 
 __all__ = [
     "METHODS",
@@ -17,6 +19,8 @@ __all__ = [
     "Selection",
     "Site",
     "Targets",
+    "VBLoRA",
+    "VeRA",
     "WeightDelta",
     "make",
     "options_of",

@@ -13,11 +13,15 @@ from deltatune.methods.contract import Method
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
 from deltatune.methods.lora import LoRA
+from deltatune.methods.vblora import VBLoRA
+from deltatune.methods.vera import VeRA
 
 _EVERY: tuple[type[Method], ...] = (
     Full,
     Head,
     LoRA,
+    VBLoRA,
+    VeRA,
 )
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _EVERY}
 """Every registered method, by its name."""
