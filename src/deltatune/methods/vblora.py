@@ -1,13 +1,13 @@
 """VB-LoRA: low-rank matrices put together from a bank of vectors that the whole model shares.
 
-Li et al. 2024, arXiv 2405.15179, section 3.   W' = W + B·A, where each piece of b numbers of A's rows and B's columns is
+Li et al. 2024, arXiv 2405.15179, section 3.   W' = W + B·A, made in pieces of b numbers, each
 
     piece = Σ_k softmax(logits_k)·bank_k      over the k largest of its h logits; bank is (h, b)
 
     A (rank, in):  ┌ piece │ piece │ … ┐ a row = in/b pieces       B (out, rank): a column = out/b pieces
                    └ piece │ piece │ … ┘
 
-A file needs of the logits only which k vectors each piece mixes and by how much: with `save_only_topk` it holds no more.
+Of the logits a file needs only which k vectors each piece mixes and by how much: `save_only_topk` saves no more.
 """
 
 import math
@@ -29,6 +29,8 @@ from deltatune.weights import FrozenWeight
 _BANK_BOUND, _LOGITS_STD = 0.02, 0.1
 """The bank starts uniform in ± the one, the logits normal with the other."""
 
+_LOGITS = ("logits_A", "logits_B")
+
 _NEVER_CHOSEN = -1e4
 """The logit of a vector that a compact file did not name: out of training's reach, yet a number that can be saved."""
 
@@ -46,7 +48,7 @@ class VBLoRA(WeightDelta):
     topk: int = 2
     """Vectors that a piece mixes: those with the largest logits."""
     save_only_topk: bool = False
-    """Save of the logits only which vectors each piece mixes, and by how much; trained further, the choice then stays."""
+    """Save of the logits only which vectors a piece mixes and by how much; trained further, that choice then stays."""
     dropout: float = 0.0
     """Share of the adapter branch's input that is zeroed in training."""
     targets: Targets = "all-linear"
@@ -81,7 +83,7 @@ class VBLoRA(WeightDelta):
         return self.rank * (site.out + site.in_) // self.vector_length
 
     def check(self, site: Site) -> None:
-        """Raises `UserError` for vectors that do not fill the rows of A and the columns of B, and for too high a rank."""
+        """Raises `UserError` for vectors that do not fill A's rows and B's columns, and for too high a rank."""
         rank_fits("vblora", self.rank, site)
         divides_both("vblora", site, vector_length=self.vector_length)
 
@@ -118,7 +120,7 @@ class VBLoRA(WeightDelta):
     def delta(
         self, site: Site, weight: FrozenWeight, shared: nn.Module | None, generator: torch.Generator
     ) -> "VBLoRADelta":
-        """Fresh logits, normal with standard deviation 0.1: the choices differ, the update is near zero but not zero."""
+        """Fresh logits, normal with standard deviation 0.1: choices differ, the update is nearly zero."""
         assert isinstance(shared, VectorBank)
         return VBLoRADelta(site, self, shared, generator)
 
@@ -132,16 +134,18 @@ class VBLoRA(WeightDelta):
         return not self.save_only_topk
 
     def stored(self, site: Site, delta: nn.Module) -> dict[str, Tensor]:
-        """All logits; or, with `save_only_topk`, of each piece the indices, and the weights but for the last of them."""
+        """All logits; or, with `save_only_topk`, the indices of each piece and its weights but for the last."""
+        if not self.save_only_topk:
+            return {f"vblora_{name}": getattr(delta, name) for name in _LOGITS}
         tensors: dict[str, Tensor] = {}
-        for suffix, name in (("vblora_logits_A", "logits_A"), ("vblora_logits_B", "logits_B")):
-            logits = getattr(delta, name)
-            if not self.save_only_topk:
-                tensors[suffix] = logits
-                continue
-            highest, chosen = logits.topk(self.topk)
-            tensors[f"{suffix}_topk_indices"] = chosen.to(self._index_type)
-            tensors[f"{suffix}_topk_weights"] = highest.softmax(-1)[..., :-1]  # they add up to 1
+        for name in _LOGITS:
+            highest, chosen = getattr(delta, name).detach().topk(self.topk)
+            weights = highest.softmax(-1)[
+                ..., :-1
+            ].contiguous()  # the last is what they leave of 1, of which PEFT takes
+            weights[..., :1] -= 2 * (weights.sum(-1, keepdim=True) - 1).clamp_min(0)  # the logarithm: never below 0
+            tensors[f"vblora_{name}_topk_indices"] = chosen.to(self._index_type)
+            tensors[f"vblora_{name}_topk_weights"] = weights
         return tensors
 
     @property
@@ -157,16 +161,17 @@ class VBLoRA(WeightDelta):
         After that the bank and the weights can be trained further, while each piece keeps the vectors that it mixes.
         """
         if not self.save_only_topk:
-            return super().restore(delta, tensors)
-        for suffix, name in (("vblora_logits_A", "logits_A"), ("vblora_logits_B", "logits_B")):
-            chosen, weights = tensors[f"{suffix}_topk_indices"].long(), tensors[f"{suffix}_topk_weights"]
+            super().restore(delta, tensors)
+            return
+        for name in _LOGITS:
+            logits: Tensor = getattr(delta, name)
+            chosen = tensors[f"vblora_{name}_topk_indices"].long()
             if chosen.min() < 0 or chosen.max() >= self.num_vectors:
-                raise UserError(
-                    f"the adapter is damaged: {suffix}_topk_indices goes beyond the {self.num_vectors} vectors of its bank"
-                )
+                raise UserError(f"the adapter is damaged: a {name} index goes beyond its bank of {self.num_vectors}")
+            weights = tensors[f"vblora_{name}_topk_weights"].to(logits.dtype)
             weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], -1)
-            logits = weights.clamp_min(torch.finfo(weights.dtype).tiny).log()  # the last may be 0, or below by rounding
-            getattr(delta, name).fill_(_NEVER_CHOSEN).scatter_(-1, chosen, logits)
+            weights.clamp_min_(torch.finfo(weights.dtype).tiny)  # the last may be 0, or below by rounding
+            logits.fill_(_NEVER_CHOSEN).scatter_(-1, chosen, weights.log())
 
     def to_peft(self, modules: Mapping[str, Any], deltas: Mapping[str, nn.Module]) -> dict[str, Any]:
         """PEFT's VBLoRAConfig fields."""
@@ -243,9 +248,10 @@ class VBLoRADelta(nn.Module):
 
 
 class _Mix(torch.autograd.Function):
-    """piece = Σ_k w_k·v_k with w = softmax of the k largest logits of each row, v_k the vectors of the bank they choose.
+    """piece = Σ_k w_k·v_k for each row of logits: w the softmax of its k largest, v the vectors that they choose.
 
-    Kept are the weights and indices, not the chosen vectors.   dv_k = w_k·d,  dw_k = d·v_k,  dlogit_k = w_k·(dw_k − Σ w·dw)
+    Backward, with d the piece's gradient:   dv_k = w_k·d,  dw_k = d·v_k,  dlogit_k = w_k·(dw_k − Σ w·dw).
+    Kept are the weights and the indices, not the chosen vectors.
     """
 
     @staticmethod
