@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from deltatune.errors import UserError
     from deltatune.methods import METHODS, OFT, Full, Head, HiRA, LoHa, LoKr, LoRA, make
     from deltatune.methods import IA3, METHODS, AdaLoRA, Full, Head, LoRA, MiSS, make
+    from deltatune.methods import METHODS, Full, Head, LoRA, VBLoRA, VeRA, make
     from deltatune.models.adapters import load_adapter, read_adapter, save_adapter
     from deltatune.models.attach import activate, after_step, attach, attachment, detach, disabled, penalty
     from deltatune.models.base import Base, load
@@ -27,6 +28,7 @@ _HOMES = {
     "deltatune.errors": ("UserError",),
     "deltatune.methods": ("METHODS", "OFT", "Full", "Head", "HiRA", "LoHa", "LoKr", "LoRA", "make"),
     "deltatune.methods": ("IA3", "METHODS", "AdaLoRA", "Full", "Head", "LoRA", "MiSS", "make"),
+    "deltatune.methods": ("METHODS", "Full", "Head", "LoRA", "VBLoRA", "VeRA", "make"),
     "deltatune.models.adapters": ("load_adapter", "read_adapter", "save_adapter"),
     "deltatune.models.attach": ("activate", "after_step", "attach", "attachment", "detach", "disabled", "penalty"),
     "deltatune.models.base": ("Base", "load"),
@@ -57,6 +59,8 @@ __all__ = [
     "Training",
     "Tuned",
     "UserError",
+    "VBLoRA",
+    "VeRA",
     "activate",
     "after_step",
     "attach",

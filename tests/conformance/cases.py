@@ -15,6 +15,8 @@ FITTING: dict[str, dict] = {
     "hira": {"rank": 4},
 }
 FITTING: dict[str, dict] = {"miss": {"rank": 4}}
+    "vblora": {"vector_length": 4},
+}
 """Options without which a method does not fit layers as small as the ones here."""
 
 VARIANTS: dict[str, list[dict]] = {
@@ -38,6 +40,16 @@ VARIANTS: dict[str, list[dict]] = {
     "adalora": [{"init_r": 3, "target_r": 2, "alpha": 5.0, "dropout": 0.3}],
     "ia3": [{"scales": "input"}],
     "miss": [{"rank": 5}, {"rank": 12, "dropout": 0.3}],
+    "vblora": [
+        {"rank": 2, "num_vectors": 20, "topk": 3, "vector_length": 2},
+        {"dropout": 0.3},
+        {"save_only_topk": True},
+    ],
+    "vera": [
+        {"rank": 6, "d_initial": 0.5, "projection_seed": 3},
+        {"rank": 16, "dropout": 0.3},
+        {"rank": 16, "save_projection": False},
+    ],
 }
 """Options that change a formula and so deserve the laws of their own; the defaults are always tested."""
 

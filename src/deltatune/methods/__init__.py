@@ -13,6 +13,8 @@ from deltatune.methods.ia3 import IA3
 from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
 from deltatune.methods.registry import METHODS, make, options_of, parse, parse_option
+from deltatune.methods.vblora import VBLoRA
+from deltatune.methods.vera import VeRA
 
 __all__ = [
     "IA3",
@@ -32,6 +34,8 @@ __all__ = [
     "Selection",
     "Site",
     "Targets",
+    "VBLoRA",
+    "VeRA",
     "WeightDelta",
     "make",
     "options_of",

@@ -163,6 +163,15 @@ class WeightDelta(Method, Protocol):
         """The tensors that a file holds of one delta, by suffix."""
         return {suffix: getattr(delta, name) for suffix, name in self.suffixes.items()}
 
+    def stored_shared(self, shared: nn.Module) -> dict[str, Tensor]:
+        """The tensors that a file holds of what is shared, by suffix. Loading copies into them."""
+        return {suffix: getattr(shared, name) for suffix, name in self.shared_suffixes.items()}
+
+    @property
+    def lossless(self) -> bool:
+        """Whether what was saved loads to the same bits; if not, to the same output up to rounding."""
+        return True
+
     def restore(self, delta: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Puts tensors as `stored` gave them into a delta. Their names and shapes have been checked."""
         for suffix, tensor in tensors.items():

@@ -21,6 +21,8 @@ from deltatune.methods.oft import OFT
 from deltatune.methods.ia3 import IA3
 from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
+from deltatune.methods.vblora import VBLoRA
+from deltatune.methods.vera import VeRA
 
 _EVERY: tuple[type[Method], ...] = (
     Full,
@@ -33,6 +35,8 @@ _EVERY: tuple[type[Method], ...] = (
     AdaLoRA,
     IA3,
     MiSS,
+    VBLoRA,
+    VeRA,
 )
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _EVERY}
 """Every registered method, by its name."""

@@ -113,9 +113,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         stored = method.stored(layer.site, cast(nn.Module, layer.delta))
         tensors |= {f"{path}.{suffix}": tensor for suffix, tensor in stored.items()}
     if isinstance(done.method, WeightDelta) and done.shared is not None:
-        tensors |= {
-            f"{_SHARED}{suffix}": getattr(done.shared, name) for suffix, name in done.method.shared_suffixes.items()
-        }
+        stored = done.method.stored_shared(done.shared)
+        tensors |= {f"{_SHARED}{suffix}": tensor for suffix, tensor in stored.items()}
     deltas = {id(p) for layer in adapted_layers(model).values() for p in layer.deltas.parameters()}
     return tensors | {n: p for n, p in trainable_parameters(model).items() if id(p) not in deltas}
 
