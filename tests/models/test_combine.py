@@ -273,7 +273,7 @@ def test_what_cannot_be_combined_is_refused_and_changes_nothing(arguments: dict,
     deltatune.attach(model, LoRA(rank=2, targets="attention"), name="headless", head=())
     shaken(deltatune.attach(model, LoRA(rank=2), name="broken"))
     with torch.no_grad():
-        next(iter(adapted_layers(model).values())).deltas["broken"].A[0, 0] = torch.inf
+        model.bert.encoder.layer[0].attention.self.query.deltas["broken"].A[0, 0] = torch.inf
     deltatune.activate(model, "a")
     before, output = bits(model), logits(model)
     with pytest.raises(UserError, match=why):

@@ -11,7 +11,7 @@ dare     entries of ΔWᵢ dropped at random, the others rescaled, and summed
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast, get_args
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -23,7 +23,7 @@ from deltatune.methods.values import at_least_one
 from deltatune.models.adapted import Adapted
 from deltatune.models.attach import Attachment, adapted_layers, attach, attachments
 
-How = Literal["linear", "svd", "ties", "dare"]
+WAYS = ("linear", "svd", "ties", "dare")
 
 _DENSITY: Mapping[str, float] = {"ties": 0.2, "dare": 0.1}
 """Share of entries that is kept where none is given: TIES keeps the largest 20 %, DARE's abstract drops 90 %."""
@@ -46,7 +46,7 @@ class Combined:
 class _Rule:
     """How ΔW are combined: the arguments of `combine`, with what was left out filled in."""
 
-    how: How
+    how: str
     rank: int
     density: float
     total: float
@@ -78,7 +78,7 @@ def combine(
     weights: Mapping[str, float],
     *,
     name: str,
-    how: How = "linear",
+    how: str = "linear",
     rank: int | None = None,
     density: float | None = None,
     seed: int = 0,
@@ -145,11 +145,11 @@ def _adapters(model: nn.Module, weights: Mapping[str, float]) -> list[Attachment
 
 
 def _rule(
-    adapters: Sequence[Attachment], weights: Mapping[str, float], how: How, rank: int | None, density: float | None
+    adapters: Sequence[Attachment], weights: Mapping[str, float], how: str, rank: int | None, density: float | None
 ) -> _Rule:
     """The arguments of `combine`, checked."""
-    if how not in get_args(How):
-        raise unknown("way of combining", how, get_args(How))
+    if how not in WAYS:
+        raise unknown("way of combining", how, WAYS)
     for name, weight in weights.items():
         if not math.isfinite(weight) or weight == 0:
             raise UserError(
