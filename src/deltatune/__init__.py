@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from deltatune.models.adapters import load_adapter, read_adapter, save_adapter
     from deltatune.models.attach import activate, after_step, attach, attachment, detach, disabled, penalty
     from deltatune.models.base import Base, load
+    from deltatune.models.combine import Combined, combine
     from deltatune.models.merge import Merged, fold, merge, unmerge
     from deltatune.training.settings import Training
     from deltatune.training.tune import Tuned, tune
@@ -32,6 +33,7 @@ _HOMES = {
     "deltatune.models.adapters": ("load_adapter", "read_adapter", "save_adapter"),
     "deltatune.models.attach": ("activate", "after_step", "attach", "attachment", "detach", "disabled", "penalty"),
     "deltatune.models.base": ("Base", "load"),
+    "deltatune.models.combine": ("Combined", "combine"),
     "deltatune.models.merge": ("Merged", "fold", "merge", "unmerge"),
     "deltatune.training.settings": ("Training",),
     "deltatune.training.tune": ("Tuned", "tune"),
@@ -44,6 +46,7 @@ __all__ = [
     "OFT",
     "AdaLoRA",
     "Base",
+    "Combined",
     "Comparison",
     "Experiment",
     "Full",
@@ -65,6 +68,7 @@ __all__ = [
     "after_step",
     "attach",
     "attachment",
+    "combine",
     "compare",
     "detach",
     "disabled",

@@ -152,6 +152,7 @@ class WeightDelta(Method, Protocol):
 
     def after_step(self, deltas: Mapping[str, nn.Module], step: int, steps: int) -> None:
         """Is called after optimiser step number `step` (from 1) of `steps`, while the gradients still stand."""
+        return  # without it the method would count as abstract
 
     def settled(self, step: int, steps: int) -> bool:
         """Whether what is trained has its final form after that step; the weights of no other step are kept."""

@@ -148,6 +148,18 @@ class AdaptedEmbedding(Adapted):
         return self.site.out
 
 
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base's parameters by their names in the base, as if nothing were attached."""
+    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, Adapted)]
+    names = {
+        f"{path}.base.{name}": f"{path}.{name}" for path, layer in layers for name, _ in layer.base.named_parameters()
+    }
+    added = {id(parameter) for _, layer in layers for parameter in layer.deltas.parameters()}
+    return {
+        names.get(name, name): parameter for name, parameter in model.named_parameters() if id(parameter) not in added
+    }
+
+
 def adapt(base: nn.Module, site: Site) -> Adapted:
     """The adapted form of a base layer, without any delta yet."""
     return (AdaptedEmbedding if site.embedding else AdaptedLinear)(base, site).train(base.training)
