@@ -19,6 +19,12 @@ VARIANTS: dict[str, list[dict]] = {
         {"rank": 4, "dropout": 0.3},
         {"rank": 2, "bias": "adapted", "lr_ratio": 16.0},
     ],
+    "dora": [
+        {"rank": 3, "alpha": 5.0, "rslora": True},
+        {"rank": 4, "dropout": 0.3},
+        {"rank": 3, "magnitude": "scalar-frobenius", "dropout": 0.3},
+        {"rank": 3, "magnitude": "normalised-update"},
+    ],
 }
 """Options that change a formula and so deserve the laws of their own; the defaults are always tested."""
 

@@ -1,6 +1,7 @@
 """What is trained: one file per method, and the contract they share."""
 
 from deltatune.methods.contract import Delta, EmbeddingDelta, Method, Selection, Site, Targets, WeightDelta
+from deltatune.methods.dora import DoRA
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
 from deltatune.methods.lora import LoRA
@@ -9,6 +10,7 @@ from deltatune.methods.registry import METHODS, make, options_of, parse, parse_o
 __all__ = [
     "METHODS",
     "Delta",
+    "DoRA",
     "EmbeddingDelta",
     "Full",
     "Head",

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from deltatune.errors import UserError, unknown
 from deltatune.methods.contract import Method
+from deltatune.methods.dora import DoRA
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
 from deltatune.methods.lora import LoRA
@@ -18,6 +19,7 @@ _EVERY: tuple[type[Method], ...] = (
     Full,
     Head,
     LoRA,
+    DoRA,
 )
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _EVERY}
 """Every registered method, by its name."""
