@@ -11,9 +11,23 @@ if TYPE_CHECKING:
     from deltatune.comparing.experiment import Experiment, make_experiment, read_experiment
     from deltatune.data import Split, TextData, load_data
     from deltatune.errors import UserError
-    from deltatune.methods import METHODS, OFT, Full, Head, HiRA, LoHa, LoKr, LoRA, make
-    from deltatune.methods import IA3, METHODS, AdaLoRA, Full, Head, LoRA, MiSS, make
-    from deltatune.methods import METHODS, Full, Head, LoRA, VBLoRA, VeRA, make
+    from deltatune.methods import (
+        IA3,
+        METHODS,
+        OFT,
+        AdaLoRA,
+        DoRA,
+        Full,
+        Head,
+        HiRA,
+        LoHa,
+        LoKr,
+        LoRA,
+        MiSS,
+        VBLoRA,
+        VeRA,
+        make,
+    )
     from deltatune.models.adapters import load_adapter, read_adapter, save_adapter
     from deltatune.models.attach import activate, after_step, attach, attachment, detach, disabled, penalty
     from deltatune.models.base import Base, load
@@ -27,9 +41,23 @@ _HOMES = {
     "deltatune.comparing.experiment": ("Experiment", "make_experiment", "read_experiment"),
     "deltatune.data": ("Split", "TextData", "load_data"),
     "deltatune.errors": ("UserError",),
-    "deltatune.methods": ("METHODS", "OFT", "Full", "Head", "HiRA", "LoHa", "LoKr", "LoRA", "make"),
-    "deltatune.methods": ("IA3", "METHODS", "AdaLoRA", "Full", "Head", "LoRA", "MiSS", "make"),
-    "deltatune.methods": ("METHODS", "Full", "Head", "LoRA", "VBLoRA", "VeRA", "make"),
+    "deltatune.methods": (
+        "METHODS",
+        "AdaLoRA",
+        "DoRA",
+        "Full",
+        "Head",
+        "HiRA",
+        "IA3",
+        "LoHa",
+        "LoKr",
+        "LoRA",
+        "MiSS",
+        "OFT",
+        "VBLoRA",
+        "VeRA",
+        "make",
+    ),
     "deltatune.models.adapters": ("load_adapter", "read_adapter", "save_adapter"),
     "deltatune.models.attach": ("activate", "after_step", "attach", "attachment", "detach", "disabled", "penalty"),
     "deltatune.models.base": ("Base", "load"),
@@ -48,6 +76,7 @@ __all__ = [
     "Base",
     "Combined",
     "Comparison",
+    "DoRA",
     "Experiment",
     "Full",
     "Head",

@@ -11,10 +11,10 @@ from deltatune.methods import METHODS, Method, Site, WeightDelta, make
 from deltatune.models.adapted import AdaptedLinear
 
 FITTING: dict[str, dict] = {
+    "adalora": {"init_r": 6, "target_r": 3},
     "oft": {"block_size": 4},
     "hira": {"rank": 4},
-}
-FITTING: dict[str, dict] = {"miss": {"rank": 4}}
+    "miss": {"rank": 4},
     "vblora": {"vector_length": 4},
 }
 """Options without which a method does not fit layers as small as the ones here."""
@@ -49,6 +49,12 @@ VARIANTS: dict[str, list[dict]] = {
         {"rank": 6, "d_initial": 0.5, "projection_seed": 3},
         {"rank": 16, "dropout": 0.3},
         {"rank": 16, "save_projection": False},
+    ],
+    "dora": [
+        {"rank": 3, "alpha": 5.0, "rslora": True},
+        {"rank": 4, "dropout": 0.3},
+        {"rank": 3, "magnitude": "scalar-frobenius", "dropout": 0.3},
+        {"rank": 3, "magnitude": "normalised-update"},
     ],
 }
 """Options that change a formula and so deserve the laws of their own; the defaults are always tested."""

@@ -2,16 +2,16 @@
 
 from deltatune.methods.adalora import AdaLoRA
 from deltatune.methods.contract import Delta, EmbeddingDelta, Method, Selection, Site, Targets, WeightDelta
+from deltatune.methods.dora import DoRA
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
 from deltatune.methods.hira import HiRA
+from deltatune.methods.ia3 import IA3
 from deltatune.methods.loha import LoHa
 from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
-from deltatune.methods.oft import OFT
-from deltatune.methods.ia3 import IA3
-from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
+from deltatune.methods.oft import OFT
 from deltatune.methods.registry import METHODS, make, options_of, parse, parse_option
 from deltatune.methods.vblora import VBLoRA
 from deltatune.methods.vera import VeRA
@@ -22,6 +22,7 @@ __all__ = [
     "OFT",
     "AdaLoRA",
     "Delta",
+    "DoRA",
     "EmbeddingDelta",
     "Full",
     "Head",

@@ -103,6 +103,8 @@ class WeightDelta(Method, Protocol):
     """Fields that hold values for single targets → the field that such a value replaces."""
     embeddings: ClassVar[bool] = False
     """Whether it is defined over embeddings, too."""
+    detached: ClassVar[frozenset[str]] = frozenset()
+    """Parameters of a delta whose gradient is by definition not the derivative: `merged` detaches a part of it."""
     unmergeable: ClassVar[str] = ""
     """Why it cannot be merged into the weight; empty where it can."""
 

@@ -184,8 +184,7 @@ class LoRADelta(nn.Module):
     ) -> Float[Tensor, "tokens out"]:
         """The same output from two thin products, the weight left alone."""
         z = dropout(x, self.dropout) if self.training and self.dropout > 0 else None
-        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
-        return low_rank(x, z, weight, bias, A, B, self.scale)
+        return low_rank(x, z, weight, bias, self.A, self.B, self.scale)
 
 
 class LoRAEmbedding(nn.Module):
@@ -218,10 +217,11 @@ def low_rank(
     B: Float[Tensor, "out rank"],
     scale: float,
 ) -> Float[Tensor, "tokens out"]:
-    """x·Wᵀ + b + scale·(z·Aᵀ)·Bᵀ, where z is the dropped input, or x itself when it is None.
+    """x·Wᵀ + b + scale·(z·Aᵀ)·Bᵀ in the type of x, where z is the dropped input, or x itself when it is None.
 
-    Kept for backward: z, z·Aᵀ, A and B.
+    Kept for backward: z, z·Aᵀ, and A and B in the type of x.
     """
+    A, B = A.to(x.dtype), B.to(x.dtype)
     y: Tensor = _LowRank.apply(x, z, weight, bias, A, B, scale)  # type: ignore[no-untyped-call]
     return y
 

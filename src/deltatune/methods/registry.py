@@ -11,16 +11,16 @@ from pydantic import TypeAdapter, ValidationError
 from deltatune.errors import UserError, unknown
 from deltatune.methods.adalora import AdaLoRA
 from deltatune.methods.contract import Method
+from deltatune.methods.dora import DoRA
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
 from deltatune.methods.hira import HiRA
+from deltatune.methods.ia3 import IA3
 from deltatune.methods.loha import LoHa
 from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
-from deltatune.methods.oft import OFT
-from deltatune.methods.ia3 import IA3
-from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
+from deltatune.methods.oft import OFT
 from deltatune.methods.vblora import VBLoRA
 from deltatune.methods.vera import VeRA
 
@@ -28,15 +28,16 @@ _EVERY: tuple[type[Method], ...] = (
     Full,
     Head,
     LoRA,
-    OFT,
-    LoHa,
-    LoKr,
-    HiRA,
+    DoRA,
     AdaLoRA,
-    IA3,
-    MiSS,
     VBLoRA,
     VeRA,
+    HiRA,
+    LoHa,
+    LoKr,
+    MiSS,
+    OFT,
+    IA3,
 )
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _EVERY}
 """Every registered method, by its name."""
