@@ -11,7 +11,7 @@ and again in backward, as the definition demands; nothing of its size is kept in
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -35,21 +35,17 @@ class HiRA(WeightDelta):
     """Share of the update's input that is zeroed in training."""
     targets: Targets = "all-linear"
     """Layers to adapt: all-linear, attention, attention-qv, mlp, module names or regular expressions."""
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    """Other ranks for some targets, such as {mlp: 16}."""
 
     name: ClassVar[str] = "hira"
     title: ClassVar[str] = "HiRA"
     paper: ClassVar[str] = "ICLR 2025, openreview TwJrTz9cRS"
     learning_rate: ClassVar[float] = 1e-3
-    patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank"}
     peft_type: ClassVar[str] = "HIRA"
     suffixes: ClassVar[Mapping[str, str]] = {"hira_A": "A", "hira_B": "B"}
     __pydantic_config__ = CONFIG
 
     def __post_init__(self) -> None:
-        for rank in (self.rank, *self.rank_pattern.values()):
-            at_least_one("hira", rank=rank)
+        at_least_one("hira", rank=self.rank)
         share("hira", dropout=self.dropout)
 
     def check(self, site: Site) -> None:
@@ -73,21 +69,12 @@ class HiRA(WeightDelta):
 
     def to_peft(self, modules: Mapping[str, Any], deltas: Mapping[str, nn.Module]) -> dict[str, Any]:
         """PEFT's HiraConfig fields."""
-        return {
-            "r": self.rank,
-            "hira_dropout": self.dropout,
-            "rank_pattern": {path: m.rank for path, m in modules.items() if m.rank != self.rank},
-            "init_weights": True,
-        }
+        return {"r": self.rank, "hira_dropout": self.dropout, "init_weights": True}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> "HiRA":
-        """Reads PEFT's HiraConfig fields."""
-        return cls(
-            rank=config.get("r", 32),
-            dropout=config.get("hira_dropout", 0.0),
-            rank_pattern=config.get("rank_pattern") or {},
-        )
+        """Reads PEFT's HiraConfig fields but rank_pattern: PEFT makes and loads every layer with r all the same."""
+        return cls(rank=config.get("r", 32), dropout=config.get("hira_dropout", 0.0))
 
 
 class HiRADelta(nn.Module):
