@@ -34,8 +34,8 @@ from deltatune.methods.lora import low_rank
 from deltatune.methods.values import at_least_one, positive, rank_fits, refuse_unsupported, share
 from deltatune.weights import FrozenWeight
 
-_UNKNOWN_STEPS = 1000
-"""The length of a run in adapter_config.json where there was none: PEFT refuses a config without any."""
+_STEPS = 1000
+"""The length of a run in adapter_config.json, where PEFT wants steps and not shares."""
 
 
 @dataclass(frozen=True)
@@ -200,15 +200,17 @@ class AdaLoRA(WeightDelta):
 
     def to_peft(self, modules: Mapping[str, Any], deltas: Mapping[str, nn.Module]) -> dict[str, Any]:
         """PEFT's AdaLoraConfig fields; its `rank_pattern` tells for each triplet whether the file holds it."""
+        final = min(round(self.tfinal * _STEPS), _STEPS - 1)
+        initial = min(round(self.tinit * _STEPS), _STEPS - 1 - final)  # PEFT, too, wants a step to prune in
         fewer = {path: m._rank for path, m in modules.items() if m._rank != self.init_r}
         return {
             "init_r": self.init_r,
             "target_r": self.target_r,
             "lora_alpha": self._alpha,
             "lora_dropout": self.dropout,
-            "tinit": round(self.tinit * _UNKNOWN_STEPS),
-            "tfinal": round(self.tfinal * _UNKNOWN_STEPS),
-            "total_step": _UNKNOWN_STEPS,
+            "tinit": initial,
+            "tfinal": final,
+            "total_step": _STEPS,
             "deltaT": self.delta_t,
             "beta1": self.beta1,
             "beta2": self.beta2,
@@ -223,7 +225,7 @@ class AdaLoRA(WeightDelta):
     def from_peft(cls, config: Mapping[str, Any]) -> "AdaLoRA":
         """Reads PEFT's AdaLoraConfig fields; refuses trained biases. Steps become shares of the run's."""
         refuse_unsupported("AdaLoRA", config, {"bias": "none"})
-        steps = config.get("total_step") or _UNKNOWN_STEPS
+        steps = config.get("total_step") or _STEPS
         left = config.get("rank_pattern") or {}
         return cls(
             init_r=config.get("init_r", 12),
