@@ -168,6 +168,19 @@ def test_under_autocast_the_output_has_its_type(method: WeightDelta) -> None:
     assert close(y, layer(inputs(layer, 4)).bfloat16())
 
 
+def test_under_autocast_the_gradients_are_nearly_those_without(method: WeightDelta) -> None:
+    layer = shaken(adapted(method, "linear")).eval()
+
+    def gradients(enabled: bool) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = layer(inputs(layer, 16))
+        return list(torch.autograd.grad(y.float().sum(), list(layer.delta.parameters())))
+
+    for ours, exact in zip(gradients(True), gradients(False), strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - exact).norm() < 0.04 * exact.norm()
+
+
 def test_the_layer_looks_like_the_one_it_replaces(method: WeightDelta) -> None:
     layer = adapted(method, "linear")
     base = layer.base

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -260,12 +261,12 @@ class _Mix(torch.autograd.Function):
         weights = highest.softmax(-1)
         ctx.save_for_backward(bank, weights, chosen)
         ctx.shape = logits.shape
-        return (weights.unsqueeze(1) @ bank[chosen]).squeeze(1)  # (pieces, b)
+        return F.embedding_bag(chosen, bank, per_sample_weights=weights, mode="sum")  # (pieces, b)
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         bank, weights, chosen = ctx.saved_tensors
-        dweights = (bank[chosen] @ d.unsqueeze(2)).squeeze(2)
+        dweights = (bank[chosen] * d.unsqueeze(1)).sum(2)  # no matrix product: autocast would round it
         dhighest = weights * (dweights - (weights * dweights).sum(-1, keepdim=True))
         dlogits = d.new_zeros(ctx.shape).scatter_(1, chosen, dhighest)
         dchosen = weights.unsqueeze(2) * d.unsqueeze(1)  # (pieces, k, b)
