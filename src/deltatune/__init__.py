@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from deltatune.comparing.experiment import Experiment, make_experiment, read_experiment
     from deltatune.data import Split, TextData, load_data
     from deltatune.errors import UserError
-    from deltatune.methods import METHODS, Full, Head, LoRA, make
+    from deltatune.methods import METHODS, FourierFT, Full, Head, LoRA, SHiRA, WaveFT, make
     from deltatune.models.adapters import load_adapter, read_adapter, save_adapter
     from deltatune.models.attach import activate, after_step, attach, attachment, detach, disabled, penalty
     from deltatune.models.base import Base, load
@@ -24,7 +24,7 @@ _HOMES = {
     "deltatune.comparing.experiment": ("Experiment", "make_experiment", "read_experiment"),
     "deltatune.data": ("Split", "TextData", "load_data"),
     "deltatune.errors": ("UserError",),
-    "deltatune.methods": ("METHODS", "Full", "Head", "LoRA", "make"),
+    "deltatune.methods": ("METHODS", "FourierFT", "Full", "Head", "LoRA", "SHiRA", "WaveFT", "make"),
     "deltatune.models.adapters": ("load_adapter", "read_adapter", "save_adapter"),
     "deltatune.models.attach": ("activate", "after_step", "attach", "attachment", "detach", "disabled", "penalty"),
     "deltatune.models.base": ("Base", "load"),
@@ -39,15 +39,18 @@ __all__ = [
     "Base",
     "Comparison",
     "Experiment",
+    "FourierFT",
     "Full",
     "Head",
     "LoRA",
     "Merged",
+    "SHiRA",
     "Split",
     "TextData",
     "Training",
     "Tuned",
     "UserError",
+    "WaveFT",
     "activate",
     "after_step",
     "attach",

@@ -10,7 +10,11 @@ from transformers.pytorch_utils import Conv1D
 from deltatune.methods import METHODS, Method, Site, WeightDelta, make
 from deltatune.models.adapted import AdaptedLinear
 
-FITTING: dict[str, dict] = {}
+FITTING: dict[str, dict] = {
+    "waveft": {"coefficients": 60},
+    "fourierft": {"coefficients": 60},
+    "shira": {"rank": 3},
+}
 """Options without which a method does not fit layers as small as the ones here."""
 
 VARIANTS: dict[str, list[dict]] = {
@@ -19,8 +23,24 @@ VARIANTS: dict[str, list[dict]] = {
         {"rank": 4, "dropout": 0.3},
         {"rank": 2, "bias": "adapted", "lr_ratio": 16.0},
     ],
+    "waveft": [
+        {"coefficients": 200, "scaling": 3.0, "location_seed": 5},
+        {"wavelet": "sym3"},
+        {"idwt": False},
+    ],
+    "fourierft": [
+        {"coefficients": 200, "scaling": 20.0, "location_seed": 5},
+        {"init": "zeros"},
+    ],
+    "shira": [
+        {"rank": 7, "mask_seed": 5},
+    ],
 }
 """Options that change a formula and so deserve the laws of their own; the defaults are always tested."""
+
+
+NOT_IN_PEFT = {("shira", "gpt2")}
+"""Methods that PEFT does not put on the layers of an architecture: SHiRA needs `nn.Linear`, GPT-2 has `Conv1D`."""
 
 
 def _named(kind: str) -> dict[str, Method]:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import deltatune
-from conformance.cases import DELTAS, EVERY, bits, shaken
+from conformance.cases import DELTAS, EVERY, NOT_IN_PEFT, bits, shaken
 from deltatune.errors import UserError
 from deltatune.files import read_json, write_json
 from deltatune.methods import Method, WeightDelta
@@ -37,9 +37,10 @@ def trained(architecture: str, method: Method, seed: int = 0) -> PreTrainedModel
 @every_method
 @on_every_model
 def test_training_starts_at_the_base(architecture: str, method: Method) -> None:
-    torch.testing.assert_close(
-        logits(deltatune.attach(tiny_model(architecture), method)), logits(tiny_model(architecture))
-    )
+    model = deltatune.attach(tiny_model(architecture), method)
+    if isinstance(method, WeightDelta) and any(method.start_distance(s.site) for s in adapted_layers(model).values()):
+        return  # how far from it is a law over one weight
+    torch.testing.assert_close(logits(model), logits(tiny_model(architecture)))
 
 
 @every_method
@@ -129,7 +130,7 @@ def test_missing_unexpected_misshapen_and_non_finite_tensors_are_refused_by_name
     folder = tmp_path / "adapter"
     deltatune.save_adapter(trained("bert", method), folder, base="tiny")
     whole = load_file(folder / TENSORS)
-    some = min(whole)
+    some = min(name for name, tensor in whole.items() if tensor.is_floating_point())
 
     def refused(tensors: dict[str, torch.Tensor], why: str) -> None:
         changed = shutil.copytree(folder, tmp_path / why)
@@ -188,6 +189,10 @@ def test_gradient_checkpointing_changes_nothing(architecture: str, method: Metho
 def test_peft_loads_ours_and_gives_the_same_logits(architecture: str, method: WeightDelta, tmp_path: Path) -> None:
     model = trained(architecture, method)
     deltatune.save_adapter(model, tmp_path / "adapter", base="tiny")
+    if (method.name, architecture) in NOT_IN_PEFT:
+        with pytest.raises(TypeError, match="not supported"):
+            peft.PeftModel.from_pretrained(tiny_model(architecture), tmp_path / "adapter")
+        return
     theirs = peft.PeftModel.from_pretrained(tiny_model(architecture), tmp_path / "adapter").eval()
     torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=1e-5)
 
@@ -197,6 +202,8 @@ def test_peft_loads_ours_and_gives_the_same_logits(architecture: str, method: We
 def test_what_peft_saves_again_loads_here_with_the_same_logits(
     architecture: str, method: WeightDelta, tmp_path: Path
 ) -> None:
+    if (method.name, architecture) in NOT_IN_PEFT:
+        return
     model = trained(architecture, method)
     deltatune.save_adapter(model, tmp_path / "ours")
     peft.PeftModel.from_pretrained(tiny_model(architecture), tmp_path / "ours").save_pretrained(tmp_path / "theirs")

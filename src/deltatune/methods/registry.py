@@ -10,14 +10,20 @@ from pydantic import TypeAdapter, ValidationError
 
 from deltatune.errors import UserError, unknown
 from deltatune.methods.contract import Method
+from deltatune.methods.fourierft import FourierFT
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
 from deltatune.methods.lora import LoRA
+from deltatune.methods.shira import SHiRA
+from deltatune.methods.waveft import WaveFT
 
 _EVERY: tuple[type[Method], ...] = (
     Full,
     Head,
     LoRA,
+    WaveFT,
+    FourierFT,
+    SHiRA,
 )
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _EVERY}
 """Every registered method, by its name."""
