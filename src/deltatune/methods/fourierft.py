@@ -130,7 +130,7 @@ class FourierFTDelta(nn.Module):
     def merged(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """W + λ·Re(ifft2(S)), in the type of W."""
         S = self.spectrum.new_zeros(self.out * self.in_).index_copy(0, self.places, self.spectrum)
-        update = self.scaling * torch.fft.ifft2(S.view(self.out, self.in_)).real
+        update: Tensor = self.scaling * torch.fft.ifft2(S.view(self.out, self.in_)).real
         return weight + update.to(weight.dtype)
 
     def forward(
@@ -147,7 +147,8 @@ class _Cosines(torch.autograd.Function):
     def forward(ctx: Any, spectrum: Tensor, places: Tensor, out: int, in_: int) -> Tensor:
         ctx.places = places
         S = spectrum.new_zeros(out * in_).index_copy_(0, places, spectrum)
-        return _cosines(S.view(out, in_))
+        whole: Tensor = _cosines(S.view(out, in_))
+        return whole
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

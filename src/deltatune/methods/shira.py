@@ -48,7 +48,7 @@ class SHiRA(WeightDelta):
         most = site.out * site.in_ // (site.out + site.in_)
         if self.rank > most:
             raise UserError(
-                f"shira: rank {self.rank} asks for {self.parameters(site)} entries of a {site.out}×{site.in_} weight, which "
+                f"shira: rank {self.rank} asks for {self.parameters(site)} entries, but a {site.out}×{site.in_} weight "
                 f"has {site.out * site.in_}",
                 f"the largest rank is {most}" if most else "leave this layer out of the targets",
             )

@@ -32,6 +32,9 @@ from deltatune.methods.through import through_update
 from deltatune.methods.values import at_least_one, positive, refuse_unsupported
 from deltatune.weights import FrozenWeight
 
+_WRONG_IN_PEFT = ("coif4", "coif5")
+"""Wavelets of which the table in PEFT 0.21 has other numbers than PyWavelets; all others that it has agree."""
+
 
 @dataclass(frozen=True)
 class WaveFT(WeightDelta):
@@ -112,6 +115,11 @@ class WaveFT(WeightDelta):
     def from_peft(cls, config: Mapping[str, Any]) -> "WaveFT":
         """Reads PEFT's WaveFTConfig fields; refuses the ones that would change the output and that we do not have."""
         refuse_unsupported("WaveFT", config, {"bias": "none", "proportional_parameters": False})
+        if config.get("wavelet_family") in _WRONG_IN_PEFT:
+            raise UserError(
+                f"this WaveFT adapter was made with PEFT's filters of {config['wavelet_family']}, which are not its filters",
+                "train it again with another wavelet",
+            )
         return cls(
             coefficients=config.get("n_frequency", 2592),
             scaling=config.get("scaling", 25.0),
@@ -190,7 +198,7 @@ class HaarDelta(WaveFTDelta):
 
 
 class UntransformedDelta(nn.Module):
-    """The trained `spectrum` as entries of ΔW, for comparison: what the transform is worth."""
+    """The trained `spectrum` as entries of ΔW: what the paper compares its transform with, and calls SHiRA."""
 
     places: Int[Tensor, " p"]
 
