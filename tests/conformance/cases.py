@@ -16,6 +16,9 @@ FITTING: dict[str, dict] = {
     "hira": {"rank": 4},
     "miss": {"rank": 4},
     "vblora": {"vector_length": 4},
+    "waveft": {"coefficients": 60},
+    "fourierft": {"coefficients": 60},
+    "shira": {"rank": 3},
 }
 """Options without which a method does not fit layers as small as the ones here."""
 
@@ -56,6 +59,18 @@ VARIANTS: dict[str, list[dict]] = {
         {"rank": 3, "magnitude": "scalar-frobenius", "dropout": 0.3},
         {"rank": 3, "magnitude": "normalised-update"},
     ],
+    "waveft": [
+        {"coefficients": 200, "scaling": 3.0, "location_seed": 5},
+        {"wavelet": "sym3"},
+        {"idwt": False},
+    ],
+    "fourierft": [
+        {"coefficients": 200, "scaling": 20.0, "location_seed": 5},
+        {"init": "zeros"},
+    ],
+    "shira": [
+        {"rank": 7, "mask_seed": 5},
+    ],
 }
 """Options that change a formula and so deserve the laws of their own; the defaults are always tested."""
 
@@ -64,6 +79,7 @@ PEFT_LACKS: dict[str, tuple[str, ...]] = {
     "loha": ("gpt2",),
     "lokr": ("gpt2",),
     "miss": ("gpt2",),
+    "shira": ("gpt2",),
 }
 """Architectures that PEFT refuses for a method although it has it: those with layers of type `Conv1D`."""
 

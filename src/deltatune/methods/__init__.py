@@ -3,6 +3,7 @@
 from deltatune.methods.adalora import AdaLoRA
 from deltatune.methods.contract import Delta, EmbeddingDelta, Method, Selection, Site, Targets, WeightDelta
 from deltatune.methods.dora import DoRA
+from deltatune.methods.fourierft import FourierFT
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
 from deltatune.methods.hira import HiRA
@@ -13,8 +14,10 @@ from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
 from deltatune.methods.oft import OFT
 from deltatune.methods.registry import METHODS, make, options_of, parse, parse_option
+from deltatune.methods.shira import SHiRA
 from deltatune.methods.vblora import VBLoRA
 from deltatune.methods.vera import VeRA
+from deltatune.methods.waveft import WaveFT
 
 __all__ = [
     "IA3",
@@ -24,6 +27,7 @@ __all__ = [
     "Delta",
     "DoRA",
     "EmbeddingDelta",
+    "FourierFT",
     "Full",
     "Head",
     "HiRA",
@@ -32,11 +36,13 @@ __all__ = [
     "LoRA",
     "Method",
     "MiSS",
+    "SHiRA",
     "Selection",
     "Site",
     "Targets",
     "VBLoRA",
     "VeRA",
+    "WaveFT",
     "WeightDelta",
     "make",
     "options_of",
