@@ -117,7 +117,7 @@ class WaveFT(WeightDelta):
         refuse_unsupported("WaveFT", config, {"bias": "none", "proportional_parameters": False})
         if config.get("wavelet_family") in _WRONG_IN_PEFT:
             raise UserError(
-                f"this WaveFT adapter was made with PEFT's filters of {config['wavelet_family']}, which are not its filters",
+                f"this WaveFT adapter was made with PEFT's filters of {config['wavelet_family']}, which are wrong",
                 "train it again with another wavelet",
             )
         return cls(
