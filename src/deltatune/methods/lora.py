@@ -184,9 +184,7 @@ class LoRADelta(nn.Module):
     ) -> Float[Tensor, "tokens out"]:
         """The same output from two thin products, the weight left alone."""
         z = dropout(x, self.dropout) if self.training and self.dropout > 0 else None
-        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
-        y: Tensor = _LowRank.apply(x, z, weight, bias, A, B, self.scale)  # type: ignore[no-untyped-call]
-        return y
+        return low_rank(x, z, weight, bias, self.A, self.B, self.scale)
 
 
 class LoRAEmbedding(nn.Module):
@@ -210,8 +208,26 @@ class LoRAEmbedding(nn.Module):
         return vectors + chosen @ (self.scale * self.B).T.to(vectors.dtype)
 
 
+def low_rank(
+    x: Float[Tensor, "tokens in"],
+    z: Float[Tensor, "tokens in"] | None,
+    weight: FrozenWeight,
+    bias: Float[Tensor, " out"] | None,
+    A: Float[Tensor, "rank in"],
+    B: Float[Tensor, "out rank"],
+    scale: float,
+) -> Float[Tensor, "tokens out"]:
+    """x·Wᵀ + b + scale·(z·Aᵀ)·Bᵀ in the type of x, where z is the dropped input, or x itself when it is None.
+
+    Kept for backward: z, z·Aᵀ, and A and B in the type of x.
+    """
+    A, B = A.to(x.dtype), B.to(x.dtype)
+    y: Tensor = _LowRank.apply(x, z, weight, bias, A, B, scale)  # type: ignore[no-untyped-call]
+    return y
+
+
 class _LowRank(torch.autograd.Function):
-    """y = x·Wᵀ + b + s·(z·Aᵀ)·Bᵀ, where z is the dropped input, or x itself when it is None.
+    """The thin products beside the frozen one.
 
     Backward, with h = z·Aᵀ and dh = s·dy·B:   dx = dy·W (+ dh·A),  dz = dh·A,  dA = dhᵀ·z,  dB = s·dyᵀ·h,  db = Σ dy
     """

@@ -1,9 +1,12 @@
 """A weight stored in fp32 or bf16: (out, in) as in `nn.Linear`, or (in, out) as in GPT-2's `Conv1D` and embeddings."""
 
+from collections.abc import Hashable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 class DenseWeight:
@@ -34,6 +37,15 @@ class DenseWeight:
         """Bytes that the stored weight takes."""
         return self._stored.nbytes
 
+    @property
+    def version(self) -> Hashable:
+        """Which storage it is, and how often it was written to."""
+        stored = self._stored
+        if stored.is_inference():  # such a tensor does not count
+            return object()
+        # A weak reference: the memory can be freed, but no other storage is then taken for this one.
+        return StorageWeakRef(stored.untyped_storage()), stored._version  # type: ignore[no-untyped-call]
+
     def matmul(
         self, x: Float[Tensor, "tokens in"], bias: Float[Tensor, " out"] | None = None
     ) -> Float[Tensor, "tokens out"]:
@@ -49,8 +61,10 @@ class DenseWeight:
         return self._stored.T if self._transposed else self._stored
 
     def row_norms(self) -> Float[Tensor, " out"]:
-        """‖W_j‖₂ of each row, in fp32."""
-        norms: Tensor = torch.linalg.vector_norm(self.dense(), dim=1, dtype=torch.float32)
+        """‖W_j‖₂ of each row, in fp32; in fp64 where W is."""
+        weight = self.dense()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        norms: Tensor = torch.linalg.vector_norm(weight, dim=1, dtype=wide)
         return norms
 
     def write(self, weight: Float[Tensor, "out in"]) -> None:

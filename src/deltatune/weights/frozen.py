@@ -3,6 +3,7 @@
 y = x·Wᵀ + b      W is (out, in), x is (tokens, in), y is (tokens, out)
 """
 
+from collections.abc import Hashable
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -28,6 +29,10 @@ class FrozenWeight(Protocol):
     def nbytes(self) -> int:
         """Bytes that the stored weight takes."""
 
+    @property
+    def version(self) -> Hashable:
+        """Another one whenever the stored values may have changed: what was computed from them is good until then."""
+
     def matmul(
         self, x: Float[Tensor, "tokens in"], bias: Float[Tensor, " out"] | None = None
     ) -> Float[Tensor, "tokens out"]:
@@ -40,7 +45,7 @@ class FrozenWeight(Protocol):
         """W as an ordinary tensor: the stored one where there is one, otherwise a decoded copy."""
 
     def row_norms(self) -> Float[Tensor, " out"]:
-        """‖W_j‖₂ of each row, in fp32."""
+        """‖W_j‖₂ of each row, in fp32; in fp64 where W is."""
 
     def write(self, weight: Float[Tensor, "out in"]) -> None:
         """Replaces the stored values by `weight`, rounded to the storage."""
