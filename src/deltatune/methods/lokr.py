@@ -218,7 +218,7 @@ class _Kronecker(torch.autograd.Function):
         rows = dy.reshape(-1, len(a))  # (tokens·out₁, out₂)
         da = (rows.T @ (w1 @ z).flatten(0, 1)).mul_(ctx.scale)
         dh = (rows @ a).mul_(ctx.scale).view(len(x), -1, a.shape[1])  # (tokens, out₁, width of A)
-        dw1 = torch.tensordot(dh, z, ([0, 2], [0, 2]))
+        dw1 = (dh @ z.mT).sum(0)
         dz = (w1.T @ dh).flatten(0, 1)  # (tokens·in₁, width of A)
         db = None if b is None else dz.T @ x.reshape(len(dz), -1)
         dx = None

@@ -201,7 +201,8 @@ class _Turned(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, Q)
         ctx.weight, ctx.rotations = weight, rotations
-        return weight.matmul(_turn(x, rotations(Q).to(x.dtype)), bias)
+        R = rotations(Q).to(x.dtype)
+        return weight.matmul(_joined(_blocks(x, R.shape[-1]) @ R), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -210,11 +211,11 @@ class _Turned(torch.autograd.Function):
         with torch.enable_grad():
             Q = Q.detach().requires_grad_()
             R = ctx.rotations(Q)
-        turned = ctx.weight.matmul_transposed(dy)
-        size = R.shape[-1]
-        dR = torch.bmm(_blocks(x, size).mT, _blocks(turned, size))
+        # Copies, because products along the tokens of strided blocks are slow in 16 bits.
+        turned = _blocks(ctx.weight.matmul_transposed(dy), R.shape[-1]).contiguous()
+        dR = _blocks(x, R.shape[-1]).contiguous().mT @ turned
         [dQ] = torch.autograd.grad(R, Q, dR.to(R.dtype))
-        dx = _turn(turned, R.detach().mT.to(dy.dtype)) if wants_x else None
+        dx = _joined(turned @ R.detach().mT.to(dy.dtype)) if wants_x else None
         return dx, None, dy.sum(0) if wants_bias else None, dQ, None
 
 
@@ -222,11 +223,8 @@ def _blocks(x: Float[Tensor, "tokens in"], size: int) -> Float[Tensor, "blocks t
     return x.view(len(x), -1, size).transpose(0, 1)
 
 
-def _turn(x: Float[Tensor, "tokens in"], R: Float[Tensor, "blocks size size"]) -> Float[Tensor, "tokens in"]:
-    """x·blockdiag(R), written where it belongs: products of blocks would have to be put in order in another pass."""
-    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
-    torch.bmm(_blocks(x, R.shape[-1]), R, out=_blocks(turned, R.shape[-1]))
-    return turned
+def _joined(blocks: Float[Tensor, "blocks tokens size"]) -> Float[Tensor, "tokens in"]:
+    return blocks.transpose(0, 1).flatten(1)
 
 
 def _divisors_around(number: int, near: int) -> tuple[int, int]:
