@@ -93,8 +93,8 @@ def linear_roles(model: nn.Module) -> dict[str, Role]:
 def embedding_roles(model: nn.Module) -> dict[str, Role]:
     """The role of each plain embedding of `model`, by module path: that of its input tokens, or another.
 
-    T5 and its kin name an embedding in which nothing is looked up: the encoder's and decoder's are tied to it. It is left
-    out.
+    T5 and its kin name an embedding in which nothing is looked up, the encoder's and decoder's being tied to it: that
+    one is left out.
     """
     every = {path: layer for path, layer in _base_layers(model) if isinstance(layer, nn.Embedding)}
     tokens = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
