@@ -39,6 +39,7 @@ def test_the_merged_model_loads_with_transformers_alone_and_gives_the_adapted_lo
     assert [model.config.id2label[number] for number in range(len(labels))] == labels
     assert model.config.label2id == {label: number for number, label in enumerate(labels)}
     assert model.dtype == torch.float32
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in folder.iterdir()), "others may read it"
 
 
 def test_what_was_merged_and_how_far_it_is_off_is_said_on_stdout(tuned, merged, tmp_path):
