@@ -1,6 +1,6 @@
 """LoKr: a frozen weight plus a trained Kronecker product.
 
-Yeh et al. 2023 (LyCORIS), arXiv 2309.14859, section 3.3; after Edalati et al. 2022 (KronA), arXiv 2212.10650.
+Yeh et al. 2023 (LyCORIS), arXiv 2309.14859; after Edalati et al. 2022 (KronA), arXiv 2212.10650.
 
     W' = W + s·W1 ⊗ W2,   s = alpha / rank      W1 (out₁, in₁),   W2 (out₂, in₂),   out = out₁·out₂,   in = in₁·in₂
 
@@ -48,7 +48,7 @@ class LoKr(WeightDelta):
     name: ClassVar[str] = "lokr"
     title: ClassVar[str] = "LoKr"
     paper: ClassVar[str] = "arXiv 2309.14859"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 2e-3
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank", "alpha_pattern": "alpha"}
     peft_type: ClassVar[str] = "LOKR"
     suffixes: ClassVar[Mapping[str, str]] = {

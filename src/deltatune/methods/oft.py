@@ -1,14 +1,18 @@
 """OFT: the inputs of a frozen weight are turned, block by block, before it is applied.
 
-Qiu et al. 2023, arXiv 2306.07280, sections 3.2 and 3.3.   W' = W·blockdiag(R₁, …, R_b)ᵀ
+Qiu et al. 2023, arXiv 2306.07280, section 3.   W' = W·blockdiag(R₁, …, R_b)ᵀ
 
                  ┌─ R₁ ─┐
     x ── blocks ─┤  ⋮   ├── W ── y          R = (I − Q)(I + Q)⁻¹,   Q = U − Uᵀ,   U strictly upper triangular: trained
                  └─ R_b ┘
 
-A rotation keeps the lengths of the rows of W and the angles between them. The paper writes Q with the other sign: it
-names the same rotations; this is the sign of PEFT's files. With `neumann_terms` the inverse is a truncated series, as
-in OFTv2 (Qiu et al. 2025, arXiv 2506.19847):  R ≈ (I + Q)(I + Q + Q² + …), and PEFT's files have Q as it stands here.
+A rotation keeps the lengths of the rows of W and the angles between them. From OFTv2 (Qiu et al. 2025, arXiv
+2506.19847) is that the inputs are turned, not W, and, with `neumann_terms`, a truncated series in place of the inverse:
+
+    R ≈ (I + Q)(I + Q + Q² + …)
+
+The paper has (I + Q)(I − Q)⁻¹, as the series does: with −Q for Q the same rotations. The signs here are those of PEFT's
+files.
 """
 
 import re
@@ -46,7 +50,7 @@ class OFT(WeightDelta):
     name: ClassVar[str] = "oft"
     title: ClassVar[str] = "OFT"
     paper: ClassVar[str] = "arXiv 2306.07280"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 2e-3
     peft_type: ClassVar[str] = "OFT"
     suffixes: ClassVar[Mapping[str, str]] = {"oft_R.weight": "Q"}
     __pydantic_config__ = CONFIG
