@@ -1,6 +1,6 @@
 """What is trained: one file per method, and the contract they share."""
 
-from deltatune.methods.contract import Delta, EmbeddingDelta, Method, Selection, Site, Targets, WeightDelta
+from deltatune.methods.contract import Delta, EmbeddingDelta, Method, Observer, Selection, Site, Targets, WeightDelta
 from deltatune.methods.dora import DoRA
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
@@ -16,6 +16,7 @@ __all__ = [
     "Head",
     "LoRA",
     "Method",
+    "Observer",
     "Selection",
     "Site",
     "Targets",
