@@ -27,6 +27,7 @@ VARIANTS: dict[str, list[dict]] = {
         {"rank": 3, "alpha": 5.0, "rslora": True},
         {"rank": 4, "dropout": 0.3},
         {"rank": 2, "bias": "adapted", "lr_ratio": 16.0},
+        {"rank": 2, "alpha": 1.0, "rslora": True, "init": "pissa", "dropout": 0.3},
     ],
     "oft": [
         {"neumann_terms": 5},

@@ -1,7 +1,7 @@
 """What is trained: one file per method, and the contract they share."""
 
 from deltatune.methods.adalora import AdaLoRA
-from deltatune.methods.contract import Delta, EmbeddingDelta, Method, Selection, Site, Targets, WeightDelta
+from deltatune.methods.contract import Delta, EmbeddingDelta, Method, Observer, Selection, Site, Targets, WeightDelta
 from deltatune.methods.dora import DoRA
 from deltatune.methods.fourierft import FourierFT
 from deltatune.methods.full import Full
@@ -36,6 +36,7 @@ __all__ = [
     "LoRA",
     "Method",
     "MiSS",
+    "Observer",
     "SHiRA",
     "Selection",
     "Site",

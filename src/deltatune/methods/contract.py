@@ -90,6 +90,21 @@ class EmbeddingDelta(Protocol):
 
 
 @runtime_checkable
+class Observer(Protocol):
+    """Looks at what happens at one site while the base runs on some examples, before training begins."""
+
+    of: ClassVar[Literal["inputs", "gradients"]]
+    """What it sees of a batch: the input vectors (tokens, in), or the gradient (out, in) of its loss by the weight."""
+
+    @property
+    def done(self) -> bool:
+        """Whether it has seen enough."""
+
+    def see(self, seen: Float[Tensor, "rows columns"]) -> None:
+        """Is given what one batch brings; may keep it."""
+
+
+@runtime_checkable
 class WeightDelta(Method, Protocol):
     """A method that adds a module over each frozen weight it targets."""
 
@@ -141,6 +156,19 @@ class WeightDelta(Method, Protocol):
         self, site: Site, weight: FrozenWeight, shared: nn.Module | None, generator: torch.Generator
     ) -> nn.Module:
         """A fresh module for one site; it fulfils `Delta`, or `EmbeddingDelta` over an embedding."""
+
+    # What it takes from examples before it trains.
+
+    def observer(self, site: Site) -> Observer | None:
+        """What is to see the examples at this site; None where the method begins without any."""
+        return None
+
+    def informed(self, modules: Mapping[str, "WeightDelta"], observers: Mapping[str, Observer]) -> "WeightDelta":
+        """The method with the hyperparameters that the examples suggest; `modules` has those of each path so far."""
+        return self
+
+    def begin(self, delta: nn.Module, observer: Observer) -> None:
+        """Gives a fresh delta the values that the examples suggest."""
 
     # How it trains.
 

@@ -137,7 +137,7 @@ class DoRA(WeightDelta):
     def stored(self, site: Site, delta: nn.Module) -> dict[str, Tensor]:
         """A, B and m under PEFT's names, as `portable` has them."""
         assert isinstance(delta, _Decomposed)
-        A, B = self.plain.stored(site, delta)
+        A, B = ("lora_embedding_A", "lora_embedding_B") if site.embedding else ("lora_A.weight", "lora_B.weight")
         tensors = {A: delta.A, B: delta.B}
         if self.magnitude == "per-output-row":
             return {**tensors, "lora_magnitude_vector": delta.m}

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltatune.errors import UserError, unknown
-from deltatune.methods import Method, Selection, Site, WeightDelta
+from deltatune.methods import Method, Observer, Selection, Site, WeightDelta
 from deltatune.models.adapted import Adapted, adapt
 from deltatune.models.fingerprint import fingerprint
+from deltatune.models.observe import Examples, observe
 from deltatune.models.roles import Role
 from deltatune.models.targets import Matched, adaptable, below, match
 from deltatune.weights import weight_of
@@ -75,21 +76,28 @@ def place(model: nn.Module, method: WeightDelta, head: tuple[str, ...]) -> Place
 
 
 def attach(
-    model: Model, method: Method, *, name: str = "default", head: tuple[str, ...] | None = None, seed: int = 0
+    model: Model,
+    method: Method,
+    *,
+    name: str = "default",
+    head: tuple[str, ...] | None = None,
+    seed: int = 0,
+    examples: Examples = (),
 ) -> Model:
     """Attaches `method` to `model` in place under `name`, makes it the active one, and returns the model.
 
     `head` names the modules that train besides; left out, they are found (`find_head`). `seed` decides the
-    initial values of what is added. Methods that add weight deltas can stand side by side; see `activate`. Raises
-    `UserError` for targets that match nothing, hyperparameters that do not fit a layer, a name that is taken, and for
-    a method that changes the base's own parameters beside another one.
+    initial values of what is added. A few methods take these from `examples`: batches of what the model is called with,
+    labels included; the others do not read them. Methods that add weight deltas can stand side by side; see `activate`.
+    Raises `UserError` for targets that match nothing, hyperparameters that do not fit a layer, a name that is taken,
+    examples that are wanted and not given, and a method that changes the base's own parameters beside another one.
     """
     others = attachments(model)
     _check_name(name, method, others)
     _refuse_merged(model)
     head = find_head(model) if head is None else head
     if isinstance(method, WeightDelta):
-        done = _attach_deltas(model, method, name, head, torch.Generator().manual_seed(seed))
+        done = _attach_deltas(model, method, name, head, torch.Generator().manual_seed(seed), examples)
     elif isinstance(method, Selection):
         done = Attachment(name, method, head, fingerprint(model, without=head))
         for path, parameter in model.named_parameters():
@@ -300,24 +308,57 @@ def _deltas(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _attach_deltas(
-    model: nn.Module, method: WeightDelta, name: str, head: tuple[str, ...], generator: torch.Generator
+    model: nn.Module,
+    method: WeightDelta,
+    name: str,
+    head: tuple[str, ...],
+    generator: torch.Generator,
+    examples: Examples,
 ) -> Attachment:
     placed = place(model, method, head)  # refuses before anything is changed
-    others = attachments(model)
+    others, active = attachments(model), attachment(model)
     _refuse_overlap(name, head, placed.modules, others)
     if others:
-        activate(model, None)  # the mark is the base's, with its own head
+        activate(model, None)  # what is marked and observed is the base, with its own head
     mark = fingerprint(model, without=head)
+    try:
+        observers = _observed(model, placed, examples)
+    except UserError:
+        if active is not None:
+            activate(model, active.name)
+        raise
+    modules = placed.modules
+    if observers:
+        method = method.informed(modules, observers)
+        modules = _variants(model, method, {path: cast(Role, site.role) for path, site in placed.sites.items()})
     shared = method.share(list(placed.sites.values()), generator)
-    for path, variant in placed.modules.items():
+    for path, variant in modules.items():
         layer = model.get_submodule(path)
         layer = layer if isinstance(layer, Adapted) else adapt(layer, placed.sites[path])
         delta = variant.delta(layer.site, layer.frozen, shared, generator).to(layer.weight.device)
+        if path in observers:
+            variant.begin(delta, observers.pop(path))  # what it saw can be as large as the weight
         layer.add(name, delta)
         model.set_submodule(path, layer)
     for line in str(placed.matched).splitlines():
         log.info("%s: %s", method.name, line)
-    return Attachment(name, method, head, mark, placed.matched, placed.modules, shared)
+    return Attachment(name, method, head, mark, placed.matched, modules, shared)
+
+
+def _observed(model: nn.Module, placed: Placed, examples: Examples) -> dict[str, Observer]:
+    """The observers of a method, by path, that saw the examples; none where it has none, or the model no weights."""
+    wanted = {path: variant.observer(placed.sites[path]) for path, variant in placed.modules.items()}
+    observers = {path: observer for path, observer in wanted.items() if observer is not None}
+    if not observers or any(parameter.is_meta for parameter in model.parameters()):
+        return {}
+    with disabled(model):
+        batches = observe(model, observers, examples)
+    if not batches:
+        raise UserError(
+            f"{next(iter(placed.modules.values())).name} takes its first values from examples here, and there are none",
+            "give some batches: attach(model, method, examples=batches); deltatune.tune does so itself",
+        )
+    return observers
 
 
 def _site(model: nn.Module, path: str, role: Role) -> Site:

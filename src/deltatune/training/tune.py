@@ -1,7 +1,12 @@
 """One training run from end to end: attach a method to a base, train it on data, keep the best, score it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+from torch import Tensor
+
+from deltatune.data.batches import collate, epoch
 from deltatune.data.examples import TextData
 from deltatune.data.tokens import Tokens, length_limit, tokenize
 from deltatune.dropout import replace_dropout
@@ -14,6 +19,9 @@ from deltatune.training.events import Finished, Listener
 from deltatune.training.loop import train
 from deltatune.training.precision import Computed, prepare, resolve
 from deltatune.training.settings import Training
+
+_OBSERVED = 64
+"""The most batches that a method may read before training; most stop long before."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +58,26 @@ def tune(
     Raises `UserError` for targets that match nothing, for data that does not fit the base, and for a run that diverges.
     """
     settings = settings or Training()
-    model = attach(base.model, method, seed=seed)
+    model = base.model
+    limit = length_limit(base.tokenizer, model.config, settings.max_length)
+    examples = tokenize(data.train, base.tokenizer, limit)
+    attach(model, method, seed=seed, examples=_first_batches(examples, settings, seed, model.config.pad_token_id))
     rate = settings.learning_rate or method.learning_rate
     precision = resolve(settings.precision, model.device)
     prepare(model, precision)
     replace_dropout(model)
-    limit = length_limit(base.tokenizer, model.config, settings.max_length)
     choose_attention(model, limit)
-    examples = tokenize(data.train, base.tokenizer, limit)
     validation: Tokens = tokenize(data.validation, base.tokenizer, limit)
     finished, scores = train(
         model, examples, validation, settings, learning_rate=rate, precision=precision, seed=seed, listen=listen
     )
     settings = settings.model_copy(update={"learning_rate": rate, "precision": precision})
     return Tuned(base, method, settings, precision, limit, finished, scores, examples.truncated)
+
+
+def _first_batches(examples: Tokens, settings: Training, seed: int, pad: int) -> Iterator[dict[str, Tensor]]:
+    """What the run trains on first, for a method that takes its first values from examples; made as it reads them."""
+    order = epoch(examples.lengths, settings.batch_tokens, np.random.default_rng(seed))
+    for places in order[:_OBSERVED]:
+        batch = collate(examples, places, pad)
+        yield {**batch.inputs, "labels": batch.labels}
