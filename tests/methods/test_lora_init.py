@@ -218,7 +218,7 @@ def test_directions_found_batch_by_batch_are_those_of_all_batches_together() -> 
 
 
 def test_lora_ga_spans_the_largest_components_of_the_gradient() -> None:
-    """A from the first r right singular vectors, B from the next r left ones, of size d_out^¼ / √γ (arXiv 2407.05000)."""
+    """A from the first r right singular vectors, B from the next r left ones, of size out^¼ / √γ (arXiv 2407.05000)."""
     torch.manual_seed(0)
     model, x = Layer(), torch.randn(3, 30, 12) * torch.logspace(1, -1, 12)
     model(x).loss.backward()
@@ -243,7 +243,7 @@ def test_the_gradient_that_is_observed_is_that_of_the_weight(architecture: str) 
     for path, delta in deltas.items():
         layer = model.get_submodule(path)
         gradient = layer.weight.grad if isinstance(layer, nn.Linear) else layer.weight.grad.T
-        U, S, Vh = torch.linalg.svd(gradient, full_matrices=False)
+        _, S, Vh = torch.linalg.svd(gradient, full_matrices=False)
         if S[1] - S[2] > 1e-3 * S[0]:  # else the subspace is not determined
             inside = torch.linalg.svdvals(delta.A.detach() @ Vh[:2].T) / delta.A[0].norm()
             torch.testing.assert_close(inside, torch.ones(2), atol=1e-3, rtol=0)
