@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test lint format clean browser
+.PHONY: setup demo test lint format docs clean browser
 
 setup: .venv/done
 
@@ -36,6 +36,9 @@ lint: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: setup
+	$(BIN)/python -c "from deltatune.methods.describe import page; print(page(), end='')" > docs/methods.md
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -4,7 +4,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 SPECIAL = ("[PAD]", "[CLS]", "[SEP]", "[UNK]")
 WORDS = (
@@ -34,7 +40,9 @@ def tiny_model(
     """A classifier with random weights, in evaluation mode; the head is random, too, so that outputs say something."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForSequenceClassification.from_config(_config(architecture, labels), dtype=dtype).eval()
+        return AutoModelForSequenceClassification.from_config(
+            tiny_config(architecture, num_labels=labels), dtype=dtype
+        ).eval()
 
 
 def tiny_inputs(seed: int = 1) -> dict[str, torch.Tensor]:
@@ -76,16 +84,11 @@ def tokenizer(architecture: str) -> PreTrainedTokenizerFast:
     )
 
 
-def _config(architecture: str, labels: int):
-    names = {"max_position_embeddings": 64} if architecture != "roberta" else {"max_position_embeddings": 66}
-    names = {} if architecture == "t5" else names
+def tiny_config(architecture: str, **options) -> PreTrainedConfig:
+    """The configuration of a tiny model; `options` are fields of it."""
+    positions = {} if architecture == "t5" else {"max_position_embeddings": 66 if architecture == "roberta" else 64}
+    spread = {"initializer_factor": 1.5} if architecture == "t5" else {"initializer_range": 0.3}
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return AutoConfig.for_model(
-        architecture,
-        vocab_size=VOCABULARY,
-        num_labels=labels,
-        **({"initializer_factor": 1.5} if architecture == "t5" else {"initializer_range": 0.3}),
-        **names,
-        **special,
-        **_CONFIGS[architecture],
+        architecture, vocab_size=VOCABULARY, **positions, **spread, **special, **_CONFIGS[architecture], **options
     )

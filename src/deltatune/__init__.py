@@ -11,10 +11,30 @@ if TYPE_CHECKING:
     from deltatune.comparing.experiment import Experiment, make_experiment, read_experiment
     from deltatune.data import Split, TextData, load_data
     from deltatune.errors import UserError
-    from deltatune.methods import METHODS, DoRA, Full, Head, LoRA, make
+    from deltatune.methods import (
+        IA3,
+        METHODS,
+        OFT,
+        AdaLoRA,
+        DoRA,
+        FourierFT,
+        Full,
+        Head,
+        HiRA,
+        LoHa,
+        LoKr,
+        LoRA,
+        MiSS,
+        SHiRA,
+        VBLoRA,
+        VeRA,
+        WaveFT,
+        make,
+    )
     from deltatune.models.adapters import load_adapter, read_adapter, save_adapter
     from deltatune.models.attach import activate, after_step, attach, attachment, detach, disabled, penalty
     from deltatune.models.base import Base, load
+    from deltatune.models.combine import Combined, combine
     from deltatune.models.merge import Merged, fold, merge, unmerge
     from deltatune.training.settings import Training
     from deltatune.training.tune import Tuned, tune
@@ -24,10 +44,15 @@ _HOMES = {
     "deltatune.comparing.experiment": ("Experiment", "make_experiment", "read_experiment"),
     "deltatune.data": ("Split", "TextData", "load_data"),
     "deltatune.errors": ("UserError",),
-    "deltatune.methods": ("METHODS", "DoRA", "Full", "Head", "LoRA", "make"),
+    "deltatune.methods": (
+        *("METHODS", "make", "Full", "Head"),
+        *("LoRA", "DoRA", "AdaLoRA", "VBLoRA", "VeRA", "HiRA", "LoHa", "LoKr", "MiSS", "OFT", "IA3"),
+        *("WaveFT", "FourierFT", "SHiRA"),
+    ),
     "deltatune.models.adapters": ("load_adapter", "read_adapter", "save_adapter"),
     "deltatune.models.attach": ("activate", "after_step", "attach", "attachment", "detach", "disabled", "penalty"),
     "deltatune.models.base": ("Base", "load"),
+    "deltatune.models.combine": ("Combined", "combine"),
     "deltatune.models.merge": ("Merged", "fold", "merge", "unmerge"),
     "deltatune.training.settings": ("Training",),
     "deltatune.training.tune": ("Tuned", "tune"),
@@ -35,24 +60,38 @@ _HOMES = {
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "IA3",
     "METHODS",
+    "OFT",
+    "AdaLoRA",
     "Base",
+    "Combined",
     "Comparison",
     "DoRA",
     "Experiment",
+    "FourierFT",
     "Full",
     "Head",
+    "HiRA",
+    "LoHa",
+    "LoKr",
     "LoRA",
     "Merged",
+    "MiSS",
+    "SHiRA",
     "Split",
     "TextData",
     "Training",
     "Tuned",
     "UserError",
+    "VBLoRA",
+    "VeRA",
+    "WaveFT",
     "activate",
     "after_step",
     "attach",
     "attachment",
+    "combine",
     "compare",
     "detach",
     "disabled",

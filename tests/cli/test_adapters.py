@@ -5,8 +5,10 @@ import json
 import pytest
 
 from command import assert_refused, deltatune, write_table
+from deltatune import attach, load, make
 from deltatune.comparing.cell import run_cell
 from deltatune.comparing.experiment import make_experiment
+from deltatune.models.attach import trainable_parameters
 
 TEXTS = "a good film\n정말 지루하다\nthe cast is not great\n"
 OPINIONS = ("bad", "good")
@@ -150,3 +152,22 @@ def test_methods_lists_all_and_the_options_of_one():
     shown = deltatune("methods", "lora").out
     assert all(option["name"] in shown and option["help"] for option in lora["options"])
     assert all(method["name"] in deltatune("methods").out for method in every)
+
+
+def test_methods_counts_on_a_base_what_attaching_there_trains(base):
+    counted = json.loads(deltatune("methods", "--base", base, "--json").out)
+    for method in counted:
+        if "does_not_fit" not in method:
+            model = attach(load(str(base), labels=("0", "1")).model, make(method["name"]))
+            assert method["trainable"] == sum(p.numel() for p in trainable_parameters(model).values())
+    assert "trainable" in {method["name"]: method for method in counted}["lora"]
+
+
+def test_methods_counts_one_method_with_its_options(base):
+    counted = json.loads(deltatune("methods", "lora:rank=2,targets=query", "--base", base, "--json").out)
+    assert (counted["layers"], counted["trainable"] - counted["head"]) == (2, 2 * 2 * (32 + 32))
+    shown = deltatune("methods", "lora:rank=2,targets=query", "--base", base)
+    assert f"{counted['trainable']:,}" in shown.out
+    assert shown.err == ""
+    refused = deltatune("methods", "lora:rank=1000", "--base", base)
+    assert_refused(refused, "rank 1000 is more than a 32×32 weight has", "the largest is 32")

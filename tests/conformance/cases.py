@@ -10,7 +10,16 @@ from transformers.pytorch_utils import Conv1D
 from deltatune.methods import METHODS, Method, Site, WeightDelta, make
 from deltatune.models.adapted import AdaptedLinear
 
-FITTING: dict[str, dict] = {}
+FITTING: dict[str, dict] = {
+    "adalora": {"init_r": 6, "target_r": 3},
+    "oft": {"block_size": 4},
+    "hira": {"rank": 4},
+    "miss": {"rank": 4},
+    "vblora": {"vector_length": 4},
+    "waveft": {"coefficients": 60},
+    "fourierft": {"coefficients": 60},
+    "shira": {"rank": 3},
+}
 """Options without which a method does not fit layers as small as the ones here."""
 
 VARIANTS: dict[str, list[dict]] = {
@@ -20,14 +29,60 @@ VARIANTS: dict[str, list[dict]] = {
         {"rank": 2, "bias": "adapted", "lr_ratio": 16.0},
         {"rank": 2, "alpha": 1.0, "rslora": True, "init": "pissa", "dropout": 0.3},
     ],
+    "oft": [
+        {"neumann_terms": 5},
+        {"block_share": True},
+        {"blocks": 2},
+        {"block_size": 5, "adjust": True, "neumann_terms": 4},
+    ],
+    "loha": [{"rank": 1}, {"rank": 2, "alpha": 5.0}],
+    "lokr": [
+        {"rank": 1, "alpha": 3.0, "decompose_both": True},
+        {"rank": 2, "decompose_factor": 2},
+    ],
+    "hira": [{"rank": 3, "dropout": 0.3}],
+    "adalora": [{"init_r": 3, "target_r": 2, "alpha": 5.0, "dropout": 0.3}],
+    "ia3": [{"scales": "input"}],
+    "miss": [{"rank": 5}, {"rank": 12, "dropout": 0.3}],
+    "vblora": [
+        {"rank": 2, "num_vectors": 20, "topk": 3, "vector_length": 2},
+        {"dropout": 0.3},
+        {"save_only_topk": True},
+    ],
+    "vera": [
+        {"rank": 6, "d_initial": 0.5, "projection_seed": 3},
+        {"rank": 16, "dropout": 0.3},
+        {"rank": 16, "save_projection": False},
+    ],
     "dora": [
         {"rank": 3, "alpha": 5.0, "rslora": True},
         {"rank": 4, "dropout": 0.3},
         {"rank": 3, "magnitude": "scalar-frobenius", "dropout": 0.3},
         {"rank": 3, "magnitude": "normalised-update"},
     ],
+    "waveft": [
+        {"coefficients": 200, "scaling": 3.0, "location_seed": 5},
+        {"wavelet": "sym3"},
+        {"idwt": False},
+    ],
+    "fourierft": [
+        {"coefficients": 200, "scaling": 20.0, "location_seed": 5},
+        {"init": "zeros"},
+    ],
+    "shira": [
+        {"rank": 7, "mask_seed": 5},
+    ],
 }
 """Options that change a formula and so deserve the laws of their own; the defaults are always tested."""
+
+PEFT_LACKS: dict[str, tuple[str, ...]] = {
+    "oft": ("gpt2",),
+    "loha": ("gpt2",),
+    "lokr": ("gpt2",),
+    "miss": ("gpt2",),
+    "shira": ("gpt2",),
+}
+"""Architectures that PEFT refuses for a method although it has it: those with layers of type `Conv1D`."""
 
 
 def _named(kind: str) -> dict[str, Method]:

@@ -111,11 +111,10 @@ def test_the_fast_backward_is_that_of_the_plain_formula(method: WeightDelta, sto
     layer = shaken(adapted(method, storage).double()).eval()
     if not hasattr(layer.delta, "bias") or layer.delta.bias is None:
         layer.base.bias.requires_grad_(bias_trains)
-    bias = layer.bias
     x = inputs(layer, 6).requires_grad_()
     outward = torch.randn(6, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
-    plain = F.linear(x, layer.delta.merged(weight_of(layer.base).dense()), bias)
+    plain = F.linear(x, layer.delta.merged(weight_of(layer.base).dense()), layer.merged_bias)
     fast = layer(x)
     assert close(fast, plain)
     for ours, theirs in zip(
@@ -150,6 +149,8 @@ def test_what_is_kept_for_backward_is_what_was_stated(method: WeightDelta, stora
         layer(x)
     assert sum(tensor.nbytes for tensor in kept.values()) == method.kept_for_backward(layer.site, 16, x.element_size())
     assert weight_of(layer.base).dense().data_ptr() not in kept, "the frozen weight is not kept again"
+    sizes = {tuple(sorted(tensor.shape)) for tensor in (*kept.values(), *layer.delta.buffers())}
+    assert (12, 20) not in sizes, "nothing of the weight's size is kept"
 
 
 def test_any_number_of_leading_dimensions_gives_the_same_output(method: WeightDelta) -> None:
@@ -165,6 +166,19 @@ def test_under_autocast_the_output_has_its_type(method: WeightDelta) -> None:
         y = layer(inputs(layer, 4))
     assert y.dtype == torch.bfloat16
     assert close(y, layer(inputs(layer, 4)).bfloat16())
+
+
+def test_under_autocast_the_gradients_are_nearly_those_without(method: WeightDelta) -> None:
+    layer = shaken(adapted(method, "linear")).eval()
+
+    def gradients(enabled: bool) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y = layer(inputs(layer, 16))
+        return list(torch.autograd.grad(y.float().sum(), list(layer.delta.parameters())))
+
+    for ours, exact in zip(gradients(True), gradients(False), strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - exact).norm() < 0.04 * exact.norm()
 
 
 def test_the_layer_looks_like_the_one_it_replaces(method: WeightDelta) -> None:

@@ -90,10 +90,10 @@ def test_what_does_not_fit_is_refused_before_the_model_is_changed(method: LoRA, 
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_a_second_method_is_refused() -> None:
+def test_a_second_adapter_of_the_same_name_is_refused() -> None:
     model = deltatune.attach(tiny_model("bert"), LoRA(rank=2))
-    with pytest.raises(UserError, match="has a method attached already"):
-        deltatune.attach(model, Full())
+    with pytest.raises(UserError, match="an adapter named 'default' is attached already"):
+        deltatune.attach(model, LoRA(rank=4))
 
 
 def test_full_trains_everything_and_head_the_classifier_alone() -> None:
@@ -127,7 +127,7 @@ def test_a_plain_module_of_ones_own_can_be_adapted() -> None:
     deltatune.attach(model, LoRA(rank=2, targets="0"))
     assert isinstance(model[0], AdaptedLinear)
     assert model(torch.randn(3, 8)).shape == (3, 4)
-    assert set(trainable_parameters(model)) == {"0.delta.A", "0.delta.B"}
+    assert set(trainable_parameters(model)) == {"0.deltas.default.A", "0.deltas.default.B"}
 
 
 def test_a_fingerprint_tells_bases_apart_but_not_their_types_or_heads() -> None:

@@ -66,7 +66,8 @@ def command(
     if json:
         print(dumps(records(done.results, done.failed), ensure_ascii=False, indent=2))
     else:
-        options.table_console().print(terminal_table(rows(done.results, done.failed)))
+        console = options.table_console()
+        console.print(terminal_table(rows(done.results, done.failed), console.width))
     progress.say(f"report: {done.report}")
     if done.failed:
         raise UserError(

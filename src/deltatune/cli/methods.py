@@ -1,7 +1,7 @@
-"""`deltatune methods`: what there is to choose from."""
+"""`deltatune methods`: what there is to choose from, and how many parameters it trains on a base."""
 
 import json as jsonlib
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -14,38 +14,66 @@ EXAMPLES = """
     deltatune methods
 
     deltatune methods lora
+
+    deltatune methods --base minilm
+
+    deltatune methods lora:rank=16,targets=attention --base ./my-bert
 """
 
 
 def command(
-    name: Annotated[str, typer.Argument(help="Show one method with all its options.")] = "",
+    name: Annotated[
+        str, typer.Argument(help="Show one method with all its options; with --base, as lora:rank=16 sets them.")
+    ] = "",
+    base: Annotated[str, typer.Option(help="Count parameters on this base; no weights are read.")] = "",
     json: options.Json = False,
 ) -> None:
-    """Lists the methods, or the options of one."""
+    """Lists the methods, or the options of one; counts their parameters on a base."""
+    from deltatune.cli.progress import waiting
     from deltatune.methods.describe import describe, describe_all
+    from deltatune.methods.registry import parse
 
-    if name:
-        method = describe(name)
-        if json:
-            print(jsonlib.dumps(method, ensure_ascii=False, indent=2))
-            return
-        table = Table(
-            "option",
-            "default",
-            "what it does",
-            box=None,
-            title=f"{method['title']}: {method['summary']}",
-            title_justify="left",
-        )
-        for option in method["options"]:
-            table.add_row(option["name"], jsonlib.dumps(option["default"]), option["help"])
-        options.table_console().print(table)
-        return
-    methods = describe_all()
+    chosen, given = parse(name) if name else ("", {})
+    methods: list[dict[str, Any]] = [describe(chosen)] if chosen else describe_all()
+    if base or given:
+        with waiting("counting"):
+            from deltatune.models.count import count_all
+
+            methods = count_all(methods, base or "minilm", given)
     if json:
-        print(jsonlib.dumps(methods, ensure_ascii=False, indent=2))
-        return
-    table = Table("method", "family", "what it does", "merges", "paper", box=None)
+        print(jsonlib.dumps(methods[0] if chosen else methods, ensure_ascii=False, indent=2))
+    elif base or given:
+        options.table_console().print(_counts(methods))
+    elif chosen:
+        options.table_console().print(_options(methods[0]))
+    else:
+        options.table_console().print(_list(methods))
+
+
+def _list(methods: list[dict[str, Any]]) -> Table:
+    table = Table("method", "family", "what it does", "merges", "paper", "file", box=None)
     for method in methods:
-        table.add_row(method["name"], method["family"], method["summary"], method["merges"], method["paper"])
-    options.table_console().print(table)
+        table.add_row(*(method[key] for key in ("name", "family", "summary", "merges", "paper", "file")))
+    return table
+
+
+def _options(method: dict[str, Any]) -> Table:
+    table = Table("option", "default", "what it does", box=None, title_justify="left")
+    table.title = f"{method['title']}: {method['summary']}"
+    for option in method["options"]:
+        table.add_row(option["name"], jsonlib.dumps(option["default"]), option["help"])
+    return table
+
+
+def _counts(methods: list[dict[str, Any]]) -> Table:
+    table = Table("method", "family", "merges", "file", box=None)
+    for heading in ("layers", "trained", "of all", "stored"):
+        table.add_column(heading, justify="right")
+    for method in methods:
+        row = [method["name"], method["family"], method["merges"], method["file"]]
+        if "does_not_fit" in method:
+            table.add_row(*row[:3], f"[dim]{method['does_not_fit']}[/]")
+            continue
+        share = f"{100 * method['trainable'] / method['total']:.3g}%"
+        table.add_row(*row, f"{method['layers']:,}", f"{method['trainable']:,}", share, f"{method['stored']:,}")
+    return table

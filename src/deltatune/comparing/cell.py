@@ -22,7 +22,8 @@ from deltatune.errors import UserError
 from deltatune.files import read_json, write_json
 from deltatune.models.adapters import save_adapter
 from deltatune.models.attach import trainable_parameters
-from deltatune.models.base import load
+from deltatune.models.base import find_base, load
+from deltatune.models.count import count
 from deltatune.training.evaluation import evaluate
 from deltatune.training.events import Event, EventFile, Listener, Step
 from deltatune.training.memory import peak, resident
@@ -44,6 +45,7 @@ def run_cell(cell: Cell, folder: Path, listen: Listener = ignore) -> CellResult:
     prepare_folder(cell, folder)
     data = read_data(cell)
     baseline = resident()
+    count(find_base(cell.base, cell.base_revision), cell.method.make(), data.labels)  # refuses before weights are read
     base = load(cell.base, revision=cell.base_revision, labels=data.labels, seed=cell.seed)
     steps: list[Step] = []
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -212,26 +213,32 @@ def write_csv(path: Path, results: Sequence[CellResult], failed: Sequence[Failed
     write_text(path, text.getvalue())
 
 
-def terminal_table(rows: Sequence[Row]) -> Table:
-    """The rows for a terminal of some 110 columns: each cell has a figure and, below it, what puts it in proportion."""
+def terminal_table(rows: Sequence[Row], width: int) -> Group:
+    """The rows for a terminal so wide: each cell has a figure and, below it, what puts it in proportion.
+
+    From 100 columns on it is one table; below, what a method brings comes first, and what it costs after it.
+    """
     reference = next((row.label for row in rows if row.is_reference), "reference")
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 1, 0), caption_justify="left", header_style="bold")
-    # Where room is short, names and differences take more lines; the other columns stay as they are.
+    brings = ["Accuracy\ninterval", f"vs {reference}, points\nverdict", "Macro-F1\ntest loss"]
+    costs = ["Training\nof full", "Tokens/s\nexamples", "Memory\nbaseline", "Trained\nof all", "Adapter\nmodel"]
+    every = [*brings, *costs]
+    parts = [range(len(every))] if width >= _WIDE else [range(len(brings)), range(len(brings), len(every))]
+    return Group(*(_part(rows, every, part) for part in parts), Text("\n\n".join(_notes(rows))))
+
+
+_WIDE = 100
+
+
+def _part(rows: Sequence[Row], headers: Sequence[str], columns: Sequence[int]) -> Table:
+    """The table of these columns. Where room is short, names and differences take more lines; the others stay."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 1, 0), header_style="bold")
     table.add_column(Text("Method\nseeds"), overflow="fold")
-    table.add_column(Text("Accuracy\ninterval"), justify="right", no_wrap=True)
-    table.add_column(Text(f"vs {reference}, points\nverdict"), justify="right", min_width=18)
-    for header in (
-        "Macro-F1\ntest loss",
-        "Training\nof full",
-        "Tokens/s\nexamples",
-        "Memory\nbaseline",
-        "Trained\nof all",
-        "Adapter\nmodel",
-    ):
-        table.add_column(Text(header), justify="right", no_wrap=True)
+    for column in columns:
+        differs = headers[column].startswith("vs ")
+        table.add_column(Text(headers[column]), justify="right", no_wrap=not differs, min_width=18 if differs else None)
     for row in rows:
-        table.add_row(*_terminal_row(row))
-    table.caption = Text("\n\n".join(_notes(rows)))
+        name, *cells = _terminal_row(row)
+        table.add_row(name, *(cells[column] for column in columns if column < len(cells)))
     return table
 
 

@@ -63,7 +63,8 @@ class Method(Protocol):
 class Delta(Protocol):
     """The trained module over one frozen weight. A real one is also an `nn.Module`.
 
-    One that trains the layer's bias as well holds it as `bias`; it then stands in for the base's.
+    One that trains the layer's bias as well holds it as `bias`; it then stands in for the base's. One that changes
+    the bias otherwise has `merged_bias(bias)`: the bias that belongs to the merged weight.
     """
 
     def merged(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
@@ -181,13 +182,26 @@ class WeightDelta(Method, Protocol):
 
     def after_step(self, deltas: Mapping[str, nn.Module], step: int, steps: int) -> None:
         """Is called after optimiser step number `step` (from 1) of `steps`, while the gradients still stand."""
-        return
+        return  # without it the method would count as abstract
+
+    def settled(self, step: int, steps: int) -> bool:
+        """Whether what is trained has its final form after that step; the weights of no other step are kept."""
+        return True
 
     # Its file form.
 
     def stored(self, site: Site, delta: nn.Module) -> dict[str, Tensor]:
         """The tensors that a file holds of one delta, by suffix."""
         return {suffix: getattr(delta, name) for suffix, name in self.suffixes.items()}
+
+    def stored_shared(self, shared: nn.Module) -> dict[str, Tensor]:
+        """The tensors that a file holds of what is shared, by suffix. Loading copies into them."""
+        return {suffix: getattr(shared, name) for suffix, name in self.shared_suffixes.items()}
+
+    @property
+    def lossless(self) -> bool:
+        """Whether what was saved loads to the same bits; if not, to the same output up to rounding."""
+        return True
 
     def restore(self, delta: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         """Puts tensors as `stored` gave them into a delta. Their names and shapes have been checked."""

@@ -333,13 +333,17 @@ def low_rank(
     B: Float[Tensor, "out rank"],
     scale: float,
 ) -> Float[Tensor, "tokens out"]:
-    """x·Wᵀ + b + s·z·Aᵀ·Bᵀ in the type of x, where z is the dropped input, or x itself when it is None."""
-    y: Tensor = _LowRank.apply(x, z, weight, bias, A.to(x.dtype), B.to(x.dtype), scale)  # type: ignore[no-untyped-call]
+    """x·Wᵀ + b + scale·(z·Aᵀ)·Bᵀ in the type of x, where z is the dropped input, or x itself when it is None.
+
+    Kept for backward: z, z·Aᵀ, and A and B in the type of x.
+    """
+    A, B = A.to(x.dtype), B.to(x.dtype)
+    y: Tensor = _LowRank.apply(x, z, weight, bias, A, B, scale)  # type: ignore[no-untyped-call]
     return y
 
 
 class _LowRank(torch.autograd.Function):
-    """y = x·Wᵀ + b + s·(z·Aᵀ)·Bᵀ, where z is the dropped input, or x itself when it is None.
+    """The thin products beside the frozen one.
 
     Backward, with h = z·Aᵀ and dh = s·dy·B:   dx = dy·W (+ dh·A),  dz = dh·A,  dA = dhᵀ·z,  dB = s·dyᵀ·h,  db = Σ dy
     """

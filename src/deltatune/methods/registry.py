@@ -9,17 +9,41 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from deltatune.errors import UserError, unknown
+from deltatune.methods.adalora import AdaLoRA
 from deltatune.methods.contract import Method
 from deltatune.methods.dora import DoRA
+from deltatune.methods.fourierft import FourierFT
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
+from deltatune.methods.hira import HiRA
+from deltatune.methods.ia3 import IA3
+from deltatune.methods.loha import LoHa
+from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
+from deltatune.methods.miss import MiSS
+from deltatune.methods.oft import OFT
+from deltatune.methods.shira import SHiRA
+from deltatune.methods.vblora import VBLoRA
+from deltatune.methods.vera import VeRA
+from deltatune.methods.waveft import WaveFT
 
 _EVERY: tuple[type[Method], ...] = (
     Full,
     Head,
     LoRA,
     DoRA,
+    AdaLoRA,
+    VBLoRA,
+    VeRA,
+    HiRA,
+    LoHa,
+    LoKr,
+    MiSS,
+    OFT,
+    IA3,
+    WaveFT,
+    FourierFT,
+    SHiRA,
 )
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _EVERY}
 """Every registered method, by its name."""

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,35 +20,59 @@ def through_update(
     bias: Float[Tensor, " out"] | None,
     update: Update,
     *parameters: Tensor,
+    dropped: Float[Tensor, "tokens in"] | None = None,
 ) -> Float[Tensor, "tokens out"]:
-    """x·(W + update(*parameters))ᵀ + bias. Kept for backward: x and the parameters; ΔW is made again there."""
-    y: Tensor = _Through.apply(x, weight, bias, update, *parameters)  # type: ignore[no-untyped-call]
+    """x·(W + update(*parameters))ᵀ + bias; with `dropped`, that is the input of the update, and x that of W alone.
+
+    Kept for backward: the update's input and the parameters; ΔW is made again there.
+    """
+    y: Tensor = _Through.apply(x, dropped, weight, bias, update, *parameters)  # type: ignore[no-untyped-call]
     return y
 
 
 class _Through(torch.autograd.Function):
-    """Backward:   dx = dy·(W + ΔW),  dΔW = dyᵀ·x,  db = Σ dy,  and the parameters' gradients through `update`."""
+    """Backward, with z = x or the dropped x:   dz = dy·ΔW,  dx = dy·W (+ dz),  dΔW = dyᵀ·z,  db = Σ dy.
+
+    The parameters' gradients come through `update`.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: FrozenWeight, bias: Tensor | None, update: Update, *parameters: Tensor
+        ctx: Any,
+        x: Tensor,
+        z: Tensor | None,
+        weight: FrozenWeight,
+        bias: Tensor | None,
+        update: Update,
+        *parameters: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(x, *parameters)
-        ctx.weight, ctx.update = weight, update
-        # Two products: in 16 bits a small ΔW would be lost in the rounding of W + ΔW.
-        return weight.matmul(x, bias).addmm_(x, update(*parameters).to(x.dtype).T)
+        ctx.save_for_backward(x if z is None else z, *parameters)
+        # One product with W + ΔW where it can be had: in 16 bits a small ΔW would be lost in the rounding of the sum.
+        ctx.at_once = z is None and x.dtype.itemsize >= 4
+        ctx.weight, ctx.update, ctx.dropped = weight, update, z is not None
+        delta = update(*parameters).to(x.dtype)
+        if ctx.at_once:
+            return F.linear(x, weight.dense() + delta, None if bias is None else bias.to(x.dtype))
+        return weight.matmul(x, bias).addmm_(x if z is None else z, delta.T)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *parameters = ctx.saved_tensors
-        wants_x, _, wants_bias, _, *wants = ctx.needs_input_grad
+        z, *parameters = ctx.saved_tensors
+        wants_x, wants_z, _, wants_bias, _, *wants = ctx.needs_input_grad
         with torch.enable_grad():
             parameters = [p.detach().requires_grad_(want) for p, want in zip(parameters, wants, strict=True)]
-            delta = ctx.update(*parameters)
-        dx = None
-        if wants_x:
-            dx = ctx.weight.matmul_transposed(dy).addmm_(dy, delta.detach().to(dy.dtype))
+            made = ctx.update(*parameters)
+        delta = made.detach().to(dy.dtype)
+        dx = dz = None
+        if wants_x and ctx.at_once:
+            dx = dy @ (ctx.weight.dense() + delta)
+        elif wants_x:
+            dx = ctx.weight.matmul_transposed(dy)
+            if not ctx.dropped:
+                dx.addmm_(dy, delta)
+        if wants_z:
+            dz = dy @ delta
         bias = dy.sum(0) if wants_bias else None
         wanted = [p for p in parameters if p.requires_grad]
-        found = iter(torch.autograd.grad(delta, wanted, (dy.T @ x).to(delta.dtype))) if wanted else iter(())
-        return dx, None, bias, None, *(next(found) if want else None for want in wants)
+        found = iter(torch.autograd.grad(made, wanted, (dy.T @ z).to(made.dtype))) if wanted else iter(())
+        return dx, dz, None, bias, None, *(next(found) if want else None for want in wants)

@@ -38,6 +38,19 @@ def rank_fits(method: str, rank: int, site: Site) -> None:
         )
 
 
+def divides_both(method: str, site: Site, **lengths: int) -> None:
+    """Raises `UserError` for a length that does not divide both out and in, with the nearest that do."""
+    common = math.gcd(site.out, site.in_)
+    for name, length in lengths.items():
+        if common % length:
+            divisors = (divisor for divisor in range(1, common + 1) if common % divisor == 0)
+            near = sorted(divisors, key=lambda divisor: abs(divisor - length))[:3]
+            raise UserError(
+                f"{method}: {name} {length} does not divide both sides of a {site.out}×{site.in_} weight",
+                f"the nearest that fit: {', '.join(map(str, near))}",
+            )
+
+
 def refuse_unsupported(title: str, config: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
     """Raises `UserError` where a field of an adapter_config.json has another value than the plain one."""
     for key, value in plain.items():

@@ -56,6 +56,12 @@ class Adapted(nn.Module):
         return own if isinstance(own, nn.Parameter) else cast(Tensor | None, getattr(self.base, "bias", None))
 
     @property
+    def merged_bias(self) -> Tensor | None:
+        """The bias that belongs to the merged weight."""
+        change = getattr(self.delta, "merged_bias", None)
+        return self.bias if change is None or self.bias is None or self.merged else cast(Tensor, change(self.bias))
+
+    @property
     def merged(self) -> bool:
         """Whether the active delta stands in the base's weight now."""
         return self._before_merge is not None
@@ -68,11 +74,11 @@ class Adapted(nn.Module):
         weight = cast(Delta, self.delta).merged(self.frozen.dense())
         if not torch.isfinite(weight).all():
             raise UserError("the merged weight has values that are not finite", "the adapter is damaged or diverged")
-        bias, own = getattr(self.base, "bias", None), self.bias
+        bias, merged = getattr(self.base, "bias", None), self.merged_bias
         self._before_merge = (self.frozen.dense().clone(), None if bias is None else bias.clone())
         self.frozen.write(weight)
-        if bias is not None and own is not None:
-            bias.copy_(own)
+        if bias is not None and merged is not None:
+            bias.copy_(merged)
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -140,6 +146,18 @@ class AdaptedEmbedding(Adapted):
     def embedding_dim(self) -> int:
         """Width of a vector, as on `nn.Embedding`."""
         return self.site.out
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base's parameters by their names in the base, as if nothing were attached."""
+    layers = [(path, module) for path, module in model.named_modules() if isinstance(module, Adapted)]
+    names = {
+        f"{path}.base.{name}": f"{path}.{name}" for path, layer in layers for name, _ in layer.base.named_parameters()
+    }
+    added = {id(parameter) for _, layer in layers for parameter in layer.deltas.parameters()}
+    return {
+        names.get(name, name): parameter for name, parameter in model.named_parameters() if id(parameter) not in added
+    }
 
 
 def adapt(base: nn.Module, site: Site) -> Adapted:

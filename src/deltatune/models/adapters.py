@@ -22,12 +22,23 @@ from transformers.pytorch_utils import Conv1D
 from deltatune.errors import UserError
 from deltatune.files import new_folder, read_json, sha256, write_json
 from deltatune.methods import METHODS, Method, WeightDelta, make, options_of
-from deltatune.models.attach import Attachment, adapted_layers, attach, attachment, trainable_parameters
+from deltatune.models.adapted import base_parameters
+from deltatune.models.attach import (
+    Attachment,
+    activate,
+    adapted_layers,
+    attach,
+    attachment,
+    detach,
+    trainable_parameters,
+)
 from deltatune.models.roles import embedding_roles, linear_roles
+from deltatune.models.targets import ending
 
 CONFIG, TENSORS, ABOUT = "adapter_config.json", "adapter_model.safetensors", "deltatune.json"
 _SHARED = "base_model."
 _PREFIX = "base_model.model."
+_REPEATED = ".base_layer.weight"
 _RECORD = {"format", "base", "method", "options", "head", "sha256"}
 
 
@@ -43,6 +54,8 @@ class SavedAdapter:
     revision: str
     about: Mapping[str, Any]
     """Our own record (deltatune.json); empty for a folder that PEFT wrote."""
+    repeated: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    """Weights of the base that the folder holds as well, as PEFT's do of adapted embeddings, by their names there."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -112,9 +125,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
         stored = method.stored(layer.site, cast(nn.Module, layer.delta))
         tensors |= {f"{path}.{suffix}": tensor for suffix, tensor in stored.items()}
     if isinstance(done.method, WeightDelta) and done.shared is not None:
-        tensors |= {
-            f"{_SHARED}{suffix}": getattr(done.shared, name) for suffix, name in done.method.shared_suffixes.items()
-        }
+        stored = done.method.stored_shared(done.shared)
+        tensors |= {f"{_SHARED}{suffix}": tensor for suffix, tensor in stored.items()}
     deltas = {id(p) for layer in adapted_layers(model).values() for p in layer.deltas.parameters()}
     return tensors | {n: p for n, p in trainable_parameters(model).items() if id(p) not in deltas}
 
@@ -133,29 +145,39 @@ def read_adapter(folder: Path | str) -> SavedAdapter:
     if about:
         method = make(about["method"], about["options"])
         return SavedAdapter(folder, method, tensors, about["base"]["id"], about["base"]["revision"], about)
+    repeated = {key: tensors.pop(key) for key in list(tensors) if key.endswith(_REPEATED)}
     saved = SavedAdapter(
-        folder, _method(config), tensors, config.get("base_model_name_or_path") or "", config.get("revision") or "", {}
+        folder=folder,
+        method=_method(config),
+        tensors=tensors,
+        base=config.get("base_model_name_or_path") or "",
+        revision=config.get("revision") or "",
+        about={},
+        repeated={key.removesuffix(_REPEATED) + ".weight": tensor for key, tensor in repeated.items()},
     )
     return replace(saved, method=_on_saved_layers(saved))
 
 
 def load_adapter(model: nn.Module, saved: SavedAdapter | Path | str, *, name: str = "default") -> nn.Module:
-    """Attaches a saved adapter to its base, in place, and returns the model, in evaluation mode.
+    """Attaches a saved adapter to its base, in place, under `name`, and returns the model, in evaluation mode.
 
     Raises `UserError` where the base is another than the one it was trained on, or a tensor is missing, unexpected or
-    of another shape; the tensors are checked before any is copied.
+    of another shape; the tensors are checked before any is copied, and adapters that stood here stand as before.
     """
     saved = saved if isinstance(saved, SavedAdapter) else read_adapter(saved)
     head = tuple(saved.about["head"]) if saved.about else _head_of(saved)
+    before = attachment(model)
     attach(model, saved.method, name=name, head=head)
-    done = cast(Attachment, attachment(model))
-    if saved.about and saved.about["base"]["fingerprint"] != done.fingerprint:
-        raise UserError(
-            f"{saved.folder} was trained on another base: the weights of this one are not those of '{saved.base}'",
-            f"load it on '{saved.base}'" + (f" at revision {saved.revision}" if saved.revision else ""),
-        )
     wanted = adapter_tensors(model)
-    _check(saved, wanted)
+    try:
+        _check_base(saved, model)
+        _check(saved, wanted)
+    except UserError:
+        if isinstance(saved.method, WeightDelta):
+            detach(model, name)
+        if before is not None:
+            activate(model, before.name)
+        raise
     _fill(model, saved, wanted)
     return model.eval()
 
@@ -171,6 +193,21 @@ def _fill(model: nn.Module, saved: SavedAdapter, wanted: Mapping[str, Tensor]) -
         done.modules[path].restore(cast(nn.Module, layers[path].delta), tensors)
     for key in wanted.keys() - saved.delta_keys.keys():
         wanted[key].copy_(saved.tensors[key])
+
+
+def _check_base(saved: SavedAdapter, model: nn.Module) -> None:
+    if saved.about and saved.about["base"]["fingerprint"] != cast(Attachment, attachment(model)).fingerprint:
+        raise UserError(
+            f"{saved.folder} was trained on another base: the weights of this one are not those of '{saved.base}'",
+            f"load it on '{saved.base}'" + (f" at revision {saved.revision}" if saved.revision else ""),
+        )
+    own = base_parameters(model)
+    for name, tensor in saved.repeated.items():  # in bf16 it does not matter in which type either was loaded
+        if name not in own or not torch.equal(own[name].bfloat16().cpu(), tensor.bfloat16()):
+            raise UserError(
+                f"{saved.folder} has another {name} than this base",
+                "it was made for another base, or for one whose vocabulary was changed: load it on that one",
+            )
 
 
 def _check(saved: SavedAdapter, wanted: Mapping[str, Tensor]) -> None:
@@ -233,11 +270,19 @@ def _method(config: Mapping[str, Any]) -> Method:
 
 
 def _on_saved_layers(saved: SavedAdapter) -> Method:
-    """The method with exactly those layers as targets that the file holds tensors for."""
+    """The method with exactly those layers as targets that the file holds tensors for, and patterns for these alone."""
     paths = tuple(dict.fromkeys(path for path, _ in saved.delta_keys.values()))
     if not paths:
         raise UserError(f"{saved.folder} holds no tensor of a {saved.method.name} adapter")
-    return replace(saved.method, targets=paths)  # type: ignore[type-var]
+    patterns = {
+        field: {
+            entry: value
+            for entry, value in getattr(saved.method, field).items()
+            if any(ending(entry).fullmatch(path) for path in paths)
+        }
+        for field in cast(WeightDelta, saved.method).patterns
+    }
+    return replace(saved.method, targets=paths, **patterns)  # type: ignore[type-var]
 
 
 def _head_of(saved: SavedAdapter) -> tuple[str, ...]:
@@ -261,13 +306,15 @@ def _peft_config(model: nn.Module, done: Attachment, base: str, revision: str) -
         deltas = {path: cast(nn.Module, layer.delta) for path, layer in layers.items()}
         config |= done.method.portable().to_peft(modules, deltas)
         config["target_modules"] = _short_names(model, list(layers))
-        config["fan_in_fan_out"] = all(isinstance(layer.base, Conv1D) for layer in layers.values())
+        linear = [layer.base for layer in layers.values() if not layer.site.embedding]
+        if linear and all(isinstance(layer, Conv1D) for layer in linear):
+            config["fan_in_fan_out"] = True  # not every config of PEFT's has the field
     return dict(sorted(config.items()))
 
 
 def _short_names(model: nn.Module, paths: list[str]) -> list[str]:
     """The ends of the paths where these name no other layer, else the whole paths."""
-    every = [path.removesuffix(".base") for path in (*linear_roles(model), *embedding_roles(model))]
+    every = (*linear_roles(model), *embedding_roles(model))
     ends = {path.rpartition(".")[2] for path in paths}
     named = [path for path in every if path.rpartition(".")[2] in ends]
     return sorted(ends) if set(named) == set(paths) else sorted(paths)

@@ -5,7 +5,7 @@ The model stays an ordinary `nn.Module` of its own class, so any training loop w
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
@@ -48,6 +48,33 @@ class Attachment:
     """The values of this adapter's head while another one is active."""
 
 
+@dataclass(frozen=True)
+class Placed:
+    """Where a method would stand on a model, found from shapes alone."""
+
+    matched: Matched
+    modules: dict[str, WeightDelta]
+    """The method of each layer by path: its own hyperparameters where a pattern gives it some."""
+    sites: dict[str, Site]
+
+
+def place(model: nn.Module, method: WeightDelta, head: tuple[str, ...]) -> Placed:
+    """Finds the layers that `method` adapts, outside of `head`, and changes nothing.
+
+    Raises `UserError` for targets that match nothing, and for hyperparameters that do not fit a layer, which it names.
+    """
+    roles = adaptable(model, head, embeddings=method.embeddings)
+    matched = match(model, roles, method.targets)
+    modules = _variants(model, method, {path: roles[path] for path in matched.paths})
+    sites = {path: _site(model, path, roles[path]) for path in modules}
+    for path, variant in modules.items():
+        try:
+            variant.check(sites[path])
+        except UserError as error:
+            raise UserError(f"{path}: {error.message}", error.hint) from error
+    return Placed(matched, modules, sites)
+
+
 def attach(
     model: Model,
     method: Method,
@@ -67,42 +94,43 @@ def attach(
     """
     others = attachments(model)
     _check_name(name, method, others)
+    _refuse_merged(model)
     head = find_head(model) if head is None else head
-    mark = next(iter(others.values())).fingerprint if others else fingerprint(model, without=head)
     if isinstance(method, WeightDelta):
-        done = _attach_deltas(model, method, name, head, mark, torch.Generator().manual_seed(seed), examples)
+        done = _attach_deltas(model, method, name, head, torch.Generator().manual_seed(seed), examples)
     elif isinstance(method, Selection):
-        for parameter_name, parameter in model.named_parameters():
-            parameter.requires_grad_(below(parameter_name, head) or method.selects(parameter_name))
-        done = Attachment(name, method, head, mark)
+        done = Attachment(name, method, head, fingerprint(model, without=head))
+        for path, parameter in model.named_parameters():
+            parameter.requires_grad_(below(path, head) or method.selects(path))
     else:
         raise UserError(f"{method!r} is no method", "use one such as deltatune.LoRA(rank=8)")
-    if not others:
-        model.attachments = {}  # type: ignore[assignment]  # plain objects, not parameters or modules
-        model.untrained_head = _copies(_head_parameters(model, head))  # type: ignore[assignment]
-    done.resting_head.update(model.untrained_head)  # type: ignore[arg-type]
-    attachments(model)[name] = done
+    # Plain objects on the model, not parameters or modules.
+    model.untrained_head = _copies(_head_parameters(model, head)) | _untrained_head(model)  # type: ignore[assignment]
+    model.attachments = {**others, name: done}  # type: ignore[assignment]
     return activate(model, name)
 
 
 def activate(model: Model, name: str | None) -> Model:
     """Makes the adapter of that name the one that acts and trains, its head included; None: the base with its own head.
 
-    Raises `UserError` for an unknown name and while an adapter is merged.
+    Gradients that stand are the other adapter's and are cleared. Raises `UserError` for an unknown name, while an
+    adapter is merged, and for None where a method trained the base itself.
     """
     every = attachments(model)
     if name is not None and name not in every:
         raise unknown("adapter", name, every)
-    if any(layer.merged for layer in adapted_layers(model).values()):
-        raise UserError("an adapter is merged into this model", "unmerge it first")
+    _refuse_merged(model)
     before, chosen = attachment(model), every.get(name or "")
+    if before is not None and chosen is None:
+        _refuse_selection(before)
     if before is not None:
         before.resting_head.update(_copies(_head_parameters(model, before.head)))
     if chosen is not before:
-        head = chosen.resting_head if chosen else getattr(model, "untrained_head", {})
+        head = _untrained_head(model) | (chosen.resting_head if chosen else {})
         with torch.no_grad():
             for path, value in head.items():
                 model.get_parameter(path).copy_(value)
+        model.zero_grad()
     for layer in adapted_layers(model).values():
         layer.active = name
     if chosen is None or isinstance(chosen.method, WeightDelta):
@@ -121,8 +149,8 @@ def detach(model: Model, name: str = "default") -> Model:
     every = attachments(model)
     if name not in every:
         raise unknown("adapter", name, every)
-    if not isinstance(every[name].method, WeightDelta):
-        raise UserError(f"'{name}' trained the base's own parameters", "load the base again to be rid of it")
+    _refuse_merged(model)
+    _refuse_selection(every[name])
     if attachment(model) is every[name]:
         activate(model, None)
     del every[name]
@@ -161,6 +189,33 @@ def _check_name(name: str, method: Method, others: Mapping[str, Attachment]) -> 
             f"{[*unlike, method.name][0]} trains the base's own parameters, so nothing can stand beside it",
             "load the base again to attach another",
         )
+
+
+def _refuse_merged(model: nn.Module) -> None:
+    if any(layer.merged for layer in adapted_layers(model).values()):
+        raise UserError("an adapter is merged into this model", "unmerge it first")
+
+
+def _refuse_selection(done: Attachment) -> None:
+    if not isinstance(done.method, WeightDelta):
+        raise UserError(f"'{done.name}' trained the base's own parameters", "load the base again to be rid of it")
+
+
+def _refuse_overlap(name: str, head: tuple[str, ...], paths: Iterable[str], others: Mapping[str, Attachment]) -> None:
+    """A layer cannot be in the head of one adapter, which is swapped as a whole, and carry a delta of another."""
+    for other in others.values():
+        pairs = ((name, paths, other.name, other.head), (other.name, other.modules, name, head))
+        for adapting, adapted, owning, owned in pairs:
+            for path in adapted:
+                if below(path, owned):
+                    raise UserError(
+                        f"'{adapting}' adapts {path}, which is in the head of '{owning}'",
+                        "give both the same head, or attach them to two models",
+                    )
+
+
+def _untrained_head(model: nn.Module) -> dict[str, Tensor]:
+    return cast(dict[str, Tensor], getattr(model, "untrained_head", {}))
 
 
 def _head_parameters(model: nn.Module, head: tuple[str, ...]) -> dict[str, nn.Parameter]:
@@ -223,9 +278,19 @@ def after_step(model: nn.Module, step: int, steps: int) -> None:
         done.method.after_step(_deltas(model), step, steps)
 
 
+def settled(model: nn.Module, step: int, steps: int) -> bool:
+    """Whether what trains has its final form after that step; AdaLoRA's has more than its budget before."""
+    done = attachment(model)
+    return not (done and isinstance(done.method, WeightDelta)) or done.method.settled(step, steps)
+
+
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within the block the adapted layers give the base's own output. (The trained head stays as it is.)"""
+    """Within the block the adapted layers give the base's own output. (The trained head stays as it is.)
+
+    Raises `UserError` while an adapter is merged.
+    """
+    _refuse_merged(model)
     layers = adapted_layers(model).values()
     before = [layer.enabled for layer in layers]
     for layer in layers:
@@ -247,51 +312,47 @@ def _attach_deltas(
     method: WeightDelta,
     name: str,
     head: tuple[str, ...],
-    mark: str,
     generator: torch.Generator,
     examples: Examples,
 ) -> Attachment:
-    roles = adaptable(model, head, embeddings=method.embeddings)
-    matched = match(model, roles, method.targets)
-    targets = {path: roles[path] for path in matched.paths}
-    modules = _variants(model, method, targets)
-    sites = {path: _site(model, path, roles[path]) for path in modules}
-    for path, variant in modules.items():  # refuse before anything is changed
-        try:
-            variant.check(sites[path])
-        except UserError as error:
-            raise UserError(f"{path}: {error.message}", error.hint) from error
-    observers = _observed(model, modules, sites, examples)
-    if observers:
-        method = method.informed(modules, observers)
-        modules = _variants(model, method, targets)
-    shared = method.share(list(sites.values()), generator)
-    for path, variant in modules.items():
+    placed = place(model, method, head)  # refuses before anything is changed
+    others, before = attachments(model), attachment(model)
+    _refuse_overlap(name, head, placed.modules, others)
+    if others:
+        activate(model, None)  # the mark is the base's, with its own head
+    mark = fingerprint(model, without=head)
+    try:
+        observers = _observed(model, placed, examples)
+        if observers:
+            method = method.informed(placed.modules, observers)
+            placed = place(model, method, head)
+    except UserError:
+        if before is not None:
+            activate(model, before.name)
+        raise
+    shared = method.share(list(placed.sites.values()), generator)
+    for path, variant in placed.modules.items():
         layer = model.get_submodule(path)
-        layer = layer if isinstance(layer, Adapted) else adapt(layer, sites[path])
-        delta = variant.delta(sites[path], layer.frozen, shared, generator).to(layer.weight.device)
+        layer = layer if isinstance(layer, Adapted) else adapt(layer, placed.sites[path])
+        delta = variant.delta(layer.site, layer.frozen, shared, generator).to(layer.weight.device)
         if path in observers:
             variant.begin(delta, observers.pop(path))  # what it saw can be as large as the weight
         layer.add(name, delta)
         model.set_submodule(path, layer)
-    for line in str(matched).splitlines():
+    for line in str(placed.matched).splitlines():
         log.info("%s: %s", method.name, line)
-    return Attachment(name, method, head, mark, matched, modules, shared)
+    return Attachment(name, method, head, mark, placed.matched, placed.modules, shared)
 
 
-def _observed(
-    model: nn.Module, modules: Mapping[str, WeightDelta], sites: Mapping[str, Site], examples: Examples
-) -> dict[str, Observer]:
+def _observed(model: nn.Module, placed: Placed, examples: Examples) -> dict[str, Observer]:
     """The observers of a method, by path, that saw the examples; none where it has none, or the model no weights."""
-    wanted = {path: variant.observer(sites[path]) for path, variant in modules.items()}
+    wanted = {path: variant.observer(placed.sites[path]) for path, variant in placed.modules.items()}
     observers = {path: observer for path, observer in wanted.items() if observer is not None}
     if not observers or any(parameter.is_meta for parameter in model.parameters()):
         return {}
-    with disabled(model):
-        batches = observe(model, observers, examples)
-    if not batches:
+    if not observe(model, observers, examples):
         raise UserError(
-            f"{next(iter(modules.values())).name} takes its first values from examples here, and there are none",
+            f"{next(iter(placed.modules.values())).name} takes its first values from examples here, and there are none",
             "give some batches: attach(model, method, examples=batches); deltatune.tune does so itself",
         )
     return observers

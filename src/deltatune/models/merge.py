@@ -69,11 +69,13 @@ def fold(model: Model, probe: Mapping[str, Tensor] | None = None) -> Model:
     for path, layer in adapted_layers(model).items():
         model.set_submodule(path, layer.base)
     del model.attachment, model.attachments, model.untrained_head
-    return model
+    return model.requires_grad_(True)
 
 
 def _refuse_ties(model: nn.Module) -> None:
-    adapted = {layer.weight.data_ptr(): path for path, layer in adapted_layers(model).items() if layer.delta}
+    adapted = {
+        layer.weight.data_ptr(): path for path, layer in adapted_layers(model).items() if layer.delta is not None
+    }
     for path, parameter in model.named_parameters(remove_duplicate=False):
         name = adapted.get(parameter.data_ptr())
         if name is not None and not path.startswith(f"{name}.base."):

@@ -5,12 +5,13 @@ layers carry usual names needs no entry of its own. The longest end that fits wi
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from deltatune.models.adapted import Adapted
 from deltatune.weights import is_linear, weight_of
 
 Role = Literal[
@@ -86,17 +87,29 @@ EMBEDDINGS: frozenset[Role] = frozenset({"token-embedding", "embedding"})
 
 def linear_roles(model: nn.Module) -> dict[str, Role]:
     """The role of each linear layer of `model`, by module path, in the model's order."""
-    return {path: _role(path, module) for path, module in model.named_modules() if is_linear(module)}
+    return {path: _role(path, layer) for path, layer in _base_layers(model) if is_linear(layer)}
 
 
 def embedding_roles(model: nn.Module) -> dict[str, Role]:
     """The role of each plain embedding of `model`, by module path: that of its input tokens, or another."""
     tokens = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    tokens = tokens.base if isinstance(tokens, Adapted) else tokens
     return {
-        path: "token-embedding" if module is tokens else "embedding"
-        for path, module in model.named_modules()
-        if type(module) is nn.Embedding  # a class of its own may do more than look vectors up
+        path: "token-embedding" if layer is tokens else "embedding"
+        for path, layer in _base_layers(model)
+        if type(layer) is nn.Embedding  # a class of its own may do more than look vectors up
     }
+
+
+def _base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of the base by path, as if nothing were attached."""
+    inside: list[str] = []  # of adapted layers: their base and deltas, which are no modules of the base
+    for path, module in model.named_modules():
+        if isinstance(module, Adapted):
+            inside.append(f"{path}.")
+            yield path, module.base
+        elif not path.startswith(tuple(inside)):
+            yield path, module
 
 
 def _role(path: str, module: nn.Module) -> Role:

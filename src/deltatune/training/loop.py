@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from deltatune.data.batches import Batch, collate, epoch
 from deltatune.data.tokens import Tokens
 from deltatune.errors import UserError
-from deltatune.models.attach import after_step, learning_rates, penalty, trainable_parameters
+from deltatune.models.attach import after_step, learning_rates, penalty, settled, trainable_parameters
 from deltatune.training.evaluation import Scores, evaluate
 from deltatune.training.events import Evaluated, Finished, Listener, Started, Step
 from deltatune.training.precision import Computed, autocast
@@ -88,7 +88,8 @@ def train(
                         step, done, "validation", scores.loss, scores.accuracy, scores.macro_f1, len(validation), took
                     )
                 )
-                kept.offer(step, scores, parameters)
+                if settled(model, step, len(groups)):
+                    kept.offer(step, scores, parameters)
     if settings.gradient_checkpointing:
         model.activation_checkpointing_disable()
     best_step, scores = kept.restore(parameters)

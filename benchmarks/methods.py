@@ -1,0 +1,114 @@
+"""What a training step of each weight-delta method costs: relative to LoRA at the same targets, and to PEFT's own.
+
+python benchmarks/methods.py [METHOD[:option=value,…] …] [--rounds 15]
+
+Forward and backward of `minilm` on real batches of 1,024 tokens, in the machine's precision, all variants interleaved
+in one process; what is printed are medians over the rounds, and medians of the ratios within a round. PEFT gets the
+very adapter that we saved, on a base prepared in the same way, under the same autocast. Dropout is off for all.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from dataclasses import replace
+
+import numpy as np
+import peft
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import deltatune
+from deltatune.data.batches import Batch, collate, epoch
+from deltatune.data.tokens import tokenize
+from deltatune.methods import METHODS, WeightDelta, make, parse
+from deltatune.training.attention import choose_attention
+from deltatune.training.precision import autocast, prepare, resolve
+
+LABELS = ("rotten", "fresh")
+FITTING = {"vblora": {"vector_length": 192}}
+"""Options without which a method does not fit the widths of `minilm`."""
+
+
+def fresh(precision: str) -> nn.Module:
+    """The base as a classifier without dropout, so that variants differ in their adapters alone."""
+    model = deltatune.load("minilm", labels=LABELS).model
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    choose_attention(model, 256)
+    return model
+
+
+def ours(method: WeightDelta, precision: str) -> nn.Module:
+    """Our adapter on the base, ready to train."""
+    model = deltatune.attach(fresh(precision), method)
+    prepare(model, precision)
+    return model.train()
+
+
+def theirs(method: WeightDelta, precision: str) -> nn.Module:
+    """PEFT's adapter of the same shape on the base, ready to train."""
+    with tempfile.TemporaryDirectory() as folder:
+        deltatune.save_adapter(deltatune.attach(fresh(precision), method), folder)
+        model = fresh(precision)
+        if precision == "bf16":
+            model = model.bfloat16()
+        return peft.PeftModel.from_pretrained(model, folder, is_trainable=True).train()
+
+
+def step(model: nn.Module, batch: Batch, precision: str) -> float:
+    """Milliseconds of one forward and backward pass."""
+    began = time.perf_counter()
+    with autocast(precision, torch.device("cpu")):
+        logits = model(**batch.inputs).logits
+    loss = F.cross_entropy(logits.float(), batch.labels)
+    if (extra := deltatune.penalty(model)) is not None:
+        loss = loss + extra
+    loss.backward()
+    took = 1000 * (time.perf_counter() - began)
+    model.zero_grad()
+    return took
+
+
+def main() -> None:
+    """Measures what the command line names, or every registered weight delta."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("methods", nargs="*", metavar="METHOD")
+    options.add_argument("--rounds", type=int, default=15)
+    options.add_argument("--targets", default="all-linear")
+    given = options.parse_args()
+    names = given.methods or [name for name, kind in METHODS.items() if kind.kind == "weight delta" and name != "lora"]
+
+    precision = resolve("auto")
+    data = deltatune.load_data("rotten-tomatoes").limited(train=2000, validation=10, test=10, seed=0)
+    tokens = tokenize(data.train, deltatune.load("minilm", labels=LABELS).tokenizer, 256)
+    batches = [collate(tokens, places, 0) for places in epoch(tokens.lengths, 1024, np.random.default_rng(0))]
+    print(f"{precision}, {torch.get_num_threads()} threads, torch {torch.__version__}, peft {peft.__version__}")
+    print(f"{'method':44} {'ms':>7} {'of LoRA':>8} {'PEFT ms':>8} {'of PEFT':>8}")
+    for words in names:
+        name, chosen = parse(words)
+        method = make(name, {**FITTING.get(name, {}), **chosen})
+        targets = chosen.get("targets", method.targets if name == "ia3" else given.targets)
+        method = replace(method, targets=targets)
+        variants = {"lora": ours(make("lora", {"targets": targets}), precision), "ours": ours(method, precision)}
+        if not method.peft_type.startswith("DELTATUNE"):
+            variants["peft"] = theirs(method, precision)
+        times: dict[str, list[float]] = {variant: [] for variant in variants}
+        for number in range(given.rounds + 2):
+            for variant, model in variants.items():
+                took = step(model, batches[number % len(batches)], precision)
+                if number >= 2:  # two rounds of warming up
+                    times[variant].append(took)
+        mine = statistics.median(times["ours"])
+        of_lora = statistics.median(a / b for a, b in zip(times["ours"], times["lora"], strict=True))
+        line = f"{words:44} {mine:7.0f} {of_lora:8.2f}"
+        if "peft" in times:
+            of_peft = statistics.median(a / b for a, b in zip(times["ours"], times["peft"], strict=True))
+            line += f" {statistics.median(times['peft']):8.0f} {of_peft:8.2f}"
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

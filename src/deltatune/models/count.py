@@ -1,0 +1,63 @@
+"""How many parameters a method trains on a base, from shapes alone: no weight is read."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from deltatune.errors import UserError
+from deltatune.methods import Method, Selection, WeightDelta, make
+from deltatune.models.attach import find_head, place
+from deltatune.models.base import Place, find_base, outline
+from deltatune.models.targets import below
+
+
+@dataclass(frozen=True)
+class Counted:
+    """The parameters of a method on a base."""
+
+    trainable: int
+    """Those that train, the classification head among them."""
+    head: int
+    """Those of the head, which trains with every method."""
+    stored: int
+    """Numbers that an adapter file holds."""
+    total: int
+    """All parameters of the adapted model."""
+    layers: int
+    """Weights that are adapted."""
+
+
+def count(base: Place, method: Method, labels: Sequence[str]) -> Counted:
+    """Counts what `method` adds to the base with a classifier for these labels.
+
+    Raises `UserError` for targets that match nothing and hyperparameters that do not fit a layer.
+    """
+    model = outline(base, labels=labels)
+    head = find_head(model)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    in_head, total = sum(size for name, size in sizes.items() if below(name, head)), sum(sizes.values())
+    if isinstance(method, WeightDelta):
+        placed = place(model, method, head)
+        sites = list(placed.sites.values())
+        shared = method.shared_parameters(sites)
+        own = sum(variant.parameters(placed.sites[path]) for path, variant in placed.modules.items())
+        stored = in_head + method.stored_parameters(sites)
+        for path, variant in placed.modules.items():  # patterns of other ranks
+            site = [placed.sites[path]]
+            stored += variant.stored_parameters(site) - method.stored_parameters(site)
+        return Counted(in_head + own + shared, in_head, stored, total + own + shared, len(sites))
+    trainable = sum(size for name, size in sizes.items() if below(name, head) or cast(Selection, method).selects(name))
+    return Counted(trainable, in_head, trainable, total, 0)
+
+
+def count_all(methods: Sequence[Mapping[str, Any]], base: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Descriptions of methods with their counts on a base, for two labels; what does not fit it says why instead."""
+    found, counted = find_base(base), []
+    for method in methods:
+        try:
+            counted.append({**method, **asdict(count(found, make(method["name"], options), ("0", "1")))})
+        except UserError as error:
+            if len(methods) == 1:
+                raise
+            counted.append({**method, "does_not_fit": f"{error.message}; {error.hint}"})
+    return counted
