@@ -12,7 +12,7 @@ from conformance.cases import bits
 from deltatune import Full, Head, LoRA, Split, TextData, Training
 from deltatune.data.tokens import Tokens, tokenize
 from deltatune.errors import UserError
-from deltatune.models.attach import trainable_parameters
+from deltatune.models.attach import adapted_layers, trainable_parameters
 from deltatune.training.evaluation import evaluate
 from deltatune.training.events import Evaluated, Event, EventFile, Finished, Started, Step, read_events
 from deltatune.training.loop import train
@@ -62,6 +62,13 @@ def test_the_same_seed_gives_the_same_bits(folder: Path, method, precision: str)
     a, b, c = (bits(tuned.base.model) for tuned in (first, second, other))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+@pytest.mark.parametrize(("init", "length"), [("eva", 1.0), ("lora-ga", 32**0.25 / 4)])
+def test_a_method_that_begins_from_examples_gets_those_of_the_run(folder: Path, init: str, length: float) -> None:
+    tuned = run(folder, LoRA(rank=2, init=init, targets="query"), epochs=0.1, learning_rate=1e-9)
+    for layer in adapted_layers(tuned.base.model).values():
+        torch.testing.assert_close(layer.delta.A.detach().norm(dim=1), torch.full((len(layer.delta.A),), length))
 
 
 def test_a_run_leaves_the_random_numbers_of_the_program_alone(folder: Path) -> None:

@@ -115,14 +115,14 @@ class DoRA(WeightDelta):
         return sum(self.plain.parameters(site) + site.out for site in sites)
 
     def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: what LoRA keeps, the output before m/n, and with each m its n and m/n.
+        """Bytes kept for backward: what LoRA keeps, the output before m/n, and for each m its n and m/n in fp32.
 
         For the normalised update what LoRA keeps, and the fp32 B that m/n scales in place of the output.
         """
         kept, magnitudes = self.plain.kept_for_backward(site, tokens, itemsize), self._magnitudes(site)
         if self.magnitude == "normalised-update":
             return kept + 4 * (site.out * self.rank + 2 * magnitudes)
-        return kept + tokens * site.out * itemsize + magnitudes * (itemsize + 4)
+        return kept + tokens * site.out * itemsize + 8 * magnitudes
 
     def delta(
         self, site: Site, weight: FrozenWeight, shared: nn.Module | None, generator: torch.Generator
@@ -294,15 +294,14 @@ class DoRAEmbedding(_Decomposed):
         if self.magnitude == "normalised-update":
             return vectors + chosen @ ((self.m / n)[:, None] * self.scale * self.B).T.to(vectors.dtype)
         whole = vectors + chosen @ (self.scale * self.B).T.to(vectors.dtype)
-        return torch.addcmul(whole, whole, ((self.m - n) / n).to(whole.dtype))
+        return (whole * (self.m / n)).to(vectors.dtype)
 
 
 class _Scaled(torch.autograd.Function):
-    """y = (1 + f) ⊙ Z + b with Z = x·Wᵀ + s·(z·Aᵀ)·Bᵀ and f = (m − n) / n; z is the dropped input, or x when None.
+    """y = m/n ⊙ Z + b with Z = x·Wᵀ + s·(z·Aᵀ)·Bᵀ, where z is the dropped input, or x itself when it is None.
 
-    Backward, with h = z·Aᵀ, dZ = (1 + f) ⊙ dy and dh = s·dZ·B:   dx = dZ·W (+ dh·A),  dz = dh·A,  dA = dhᵀ·z,
-    dB = s·dZᵀ·h,  dm = Σ dy ⊙ Z / n,  db = Σ dy.   f is near 0, so it bears 16 bits where m/n, near 1, would lose
-    what was learnt.
+    Backward, with h = z·Aᵀ, dZ = m/n ⊙ dy and dh = s·dZ·B:   dx = dZ·W (+ dh·A),  dz = dh·A,  dA = dhᵀ·z,
+    dB = s·dZᵀ·h,  dm = Σ dy ⊙ Z / n,  db = Σ dy
     """
 
     @staticmethod
@@ -321,17 +320,16 @@ class _Scaled(torch.autograd.Function):
         branch = x if z is None else z
         h = branch @ A.T  # (tokens, rank)
         Z = weight.matmul(x).addmm_(h, B.T, alpha=scale)  # (tokens, out)
-        f = ((m - n) / n).to(Z.dtype)  # (out,) or (1,)
-        ctx.save_for_backward(branch, A, B, h, Z, f, n)
+        factor = (m / n).to(torch.promote_types(Z.dtype, torch.float32))  # (out,) or (1,)
+        ctx.save_for_backward(branch, A, B, h, Z, factor, n)
         ctx.weight, ctx.scale, ctx.dropped = weight, scale, z is not None
-        y = torch.addcmul(Z, Z, f)
-        return y if bias is None else y.add_(bias)
+        return _scaled(Z, factor, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        branch, A, B, h, Z, f, n = ctx.saved_tensors
+        branch, A, B, h, Z, factor, n = ctx.saved_tensors
         wants_x, wants_z, _, wants_bias, *_ = ctx.needs_input_grad
-        dZ = torch.addcmul(dy, dy, f)  # (tokens, out)
+        dZ = _scaled(dy, factor, None)  # (tokens, out)
         dh = (dZ @ B).mul_(ctx.scale)  # (tokens, rank)
         dx = ctx.weight.matmul_transposed(dZ) if wants_x else None
         dz = dh @ A if wants_z else None
@@ -341,6 +339,19 @@ class _Scaled(torch.autograd.Function):
         dm = (dm if n.shape == dm.shape else dm.sum(0, keepdim=True)) / n
         bias = dy.sum(0) if wants_bias else None
         return dx, dz, None, bias, dh.T @ branch, (dZ.T @ h).mul_(ctx.scale), dm, None, None
+
+
+def _scaled(
+    x: Float[Tensor, "tokens out"], factor: Float[Tensor, " magnitudes"], bias: Float[Tensor, " out"] | None
+) -> Float[Tensor, "tokens out"]:
+    """x ⊙ factor + bias. In 16 bits the factor, near 1, would lose what was learnt, so it stays in 32.
+
+    That is batch normalisation with mean 0 and variance 1: the one operation of PyTorch that has both in one pass.
+    """
+    factor = factor.expand(x.shape[1]).contiguous()
+    mean, variance = torch.zeros_like(factor), torch.ones_like(factor)
+    bias = None if bias is None else bias.to(factor.dtype)
+    return F.batch_norm(x, mean, variance, factor, bias, eps=0.0)
 
 
 def _first_magnitude(magnitude: Magnitude, weight: FrozenWeight) -> Float[Tensor, " magnitudes"]:

@@ -66,12 +66,15 @@ def first_factors(
 
 
 class InputDirections:
-    """EVA: the right singular vectors of all inputs seen so far, by an incremental decomposition."""
+    """EVA: the right singular vectors of all inputs seen so far, by an incremental decomposition.
+
+    Twice as many as the rank, for `spread_ranks` to choose from; it is done when as many as the rank stand still.
+    """
 
     of: ClassVar[Literal["inputs", "gradients"]] = "inputs"
 
     def __init__(self, rank: int, site: Site) -> None:
-        self.most = min(_SPREAD * rank, site.out, site.in_)
+        self.rank, self.most = rank, min(_SPREAD * rank, site.out, site.in_)
         self.done = False
         self.directions: Tensor | None = None  # (components, in)
         self._sizes: Tensor | None = None  # (components,): singular values
@@ -86,7 +89,7 @@ class InputDirections:
         _, self._sizes, self.directions = largest_components(seen, self.most, exact=4 * self.most)
         if before is not None and len(before) == len(self.directions) == self.most:
             cosines = (before * self.directions).sum(1).abs()
-            self.done = bool((cosines > _CONVERGED).all())
+            self.done = bool((cosines[: self.rank] > _CONVERGED).all())
 
     @property
     def explained(self) -> list[float]:

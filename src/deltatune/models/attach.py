@@ -316,23 +316,22 @@ def _attach_deltas(
     examples: Examples,
 ) -> Attachment:
     placed = place(model, method, head)  # refuses before anything is changed
-    others, active = attachments(model), attachment(model)
+    others, before = attachments(model), attachment(model)
     _refuse_overlap(name, head, placed.modules, others)
     if others:
-        activate(model, None)  # what is marked and observed is the base, with its own head
+        activate(model, None)  # the mark is the base's, with its own head
     mark = fingerprint(model, without=head)
     try:
         observers = _observed(model, placed, examples)
+        if observers:
+            method = method.informed(placed.modules, observers)
+            placed = place(model, method, head)
     except UserError:
-        if active is not None:
-            activate(model, active.name)
+        if before is not None:
+            activate(model, before.name)
         raise
-    modules = placed.modules
-    if observers:
-        method = method.informed(modules, observers)
-        modules = _variants(model, method, {path: cast(Role, site.role) for path, site in placed.sites.items()})
     shared = method.share(list(placed.sites.values()), generator)
-    for path, variant in modules.items():
+    for path, variant in placed.modules.items():
         layer = model.get_submodule(path)
         layer = layer if isinstance(layer, Adapted) else adapt(layer, placed.sites[path])
         delta = variant.delta(layer.site, layer.frozen, shared, generator).to(layer.weight.device)
@@ -342,7 +341,7 @@ def _attach_deltas(
         model.set_submodule(path, layer)
     for line in str(placed.matched).splitlines():
         log.info("%s: %s", method.name, line)
-    return Attachment(name, method, head, mark, placed.matched, modules, shared)
+    return Attachment(name, method, head, mark, placed.matched, placed.modules, shared)
 
 
 def _observed(model: nn.Module, placed: Placed, examples: Examples) -> dict[str, Observer]:
@@ -351,9 +350,7 @@ def _observed(model: nn.Module, placed: Placed, examples: Examples) -> dict[str,
     observers = {path: observer for path, observer in wanted.items() if observer is not None}
     if not observers or any(parameter.is_meta for parameter in model.parameters()):
         return {}
-    with disabled(model):
-        batches = observe(model, observers, examples)
-    if not batches:
+    if not observe(model, observers, examples):
         raise UserError(
             f"{next(iter(placed.modules.values())).name} takes its first values from examples here, and there are none",
             "give some batches: attach(model, method, examples=batches); deltatune.tune does so itself",

@@ -41,8 +41,10 @@ def count(base: Place, method: Method, labels: Sequence[str]) -> Counted:
         sites = list(placed.sites.values())
         shared = method.shared_parameters(sites)
         own = sum(variant.parameters(placed.sites[path]) for path, variant in placed.modules.items())
-        own_if_alike = sum(map(method.parameters, sites))  # without patterns of other ranks
-        stored = in_head + method.stored_parameters(sites) + own - own_if_alike
+        stored = in_head + method.stored_parameters(sites)
+        for path, variant in placed.modules.items():  # patterns of other ranks
+            site = [placed.sites[path]]
+            stored += variant.stored_parameters(site) - method.stored_parameters(site)
         return Counted(in_head + own + shared, in_head, stored, total + own + shared, len(sites))
     trainable = sum(size for name, size in sizes.items() if below(name, head) or cast(Selection, method).selects(name))
     return Counted(trainable, in_head, trainable, total, 0)
