@@ -72,8 +72,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     try:
         with disk_errors(path):
             yield temporary
-            temporary.chmod(0o755)
             for entry in (*temporary.rglob("*"), temporary):
+                entry.chmod(0o755 if entry.is_dir() else 0o644)  # safetensors and mkdtemp let only the owner read
                 _flush(entry)
             if path.exists():
                 path.rename(old)

@@ -33,7 +33,7 @@ VARIANTS: dict[str, list[dict]] = {
         {"neumann_terms": 5},
         {"block_share": True},
         {"blocks": 2},
-        {"block_size": 5, "adjust": True, "neumann_terms": 4},
+        {"block_size": 2, "neumann_terms": 4},
     ],
     "loha": [{"rank": 1}, {"rank": 2, "alpha": 5.0}],
     "lokr": [

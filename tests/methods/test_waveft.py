@@ -147,7 +147,7 @@ def test_more_coefficients_than_entries_are_refused_with_the_largest_count() -> 
 
 
 def test_what_peft_would_read_otherwise_is_refused() -> None:
-    for wavelet in pefts_wavelets():
+    for wavelet in set(pefts_wavelets()) & set(WAVELET_REDUCTIONS):
         theirs, true = PeftWavelet(wavelet), pywt.Wavelet(wavelet)
         same = len(theirs) == true.rec_len and np.allclose(theirs.rec_lo, true.rec_lo, atol=1e-9)
         if same:

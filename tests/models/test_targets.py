@@ -58,6 +58,8 @@ def test_what_matched_is_told_entry_by_entry() -> None:
         "query: 2 layers: bert.encoder.layer.*.attention.self.query",
         "mlp: 4 layers: bert.encoder.layer.*.intermediate.dense, bert.encoder.layer.*.output.dense",
     ]
+    paths = match(model, adaptable(model), "query").paths
+    assert str(match(model, adaptable(model), tuple(paths))) == "2 layers: bert.encoder.layer.*.attention.self.query"
 
 
 @pytest.mark.parametrize(

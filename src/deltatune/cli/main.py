@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.exceptions import TyperException
 
-from deltatune.cli import compare, evaluate, methods, predict, tune
+from deltatune.cli import compare, evaluate, merge, methods, predict, tune
 from deltatune.errors import UserError
 
 app = typer.Typer(
@@ -22,7 +22,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for module in (compare, tune, evaluate, predict, methods):
+for module in (compare, tune, evaluate, predict, merge, methods):
     app.command(name=module.__name__.rpartition(".")[2], epilog=module.EXAMPLES)(module.command)
 
 

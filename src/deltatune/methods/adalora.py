@@ -6,7 +6,7 @@ Zhang et al. 2023, arXiv 2303.10512.   W' = W + s·B·diag(Λ)·A,   s = alpha /
         └── drop ── A ── ⊙Λ ── B·s ──────┘
 
 The sensitivity of an entry p is |p·∂L/∂p|. It is smoothed to Ī (with beta1), its distance from Ī to Ū (with beta2), and
-the entry scores Ī·Ū (equations 8 to 10). A triplet scores that of its Λ plus the means over its row and its column. At
+the entry scores Ī·Ū (equations 8 to 11). A triplet scores that of its Λ plus the means over its row and its column. At
 every `delta_t`-th step the Λ of the lowest triplets of the whole model are set to zero, so that the budget is left:
 
     triplets
@@ -72,7 +72,7 @@ class AdaLoRA(WeightDelta):
     name: ClassVar[str] = "adalora"
     title: ClassVar[str] = "AdaLoRA"
     paper: ClassVar[str] = "arXiv 2303.10512"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 5e-3
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank"}
     peft_type: ClassVar[str] = "ADALORA"
     suffixes: ClassVar[Mapping[str, str]] = {"lora_A": "A", "lora_B": "B", "lora_E": "Lambda"}

@@ -124,8 +124,9 @@ class FourierFTDelta(nn.Module):
 
     def update(self, spectrum: Float[Tensor, " n"]) -> Float[Tensor, "out in"]:
         """ΔW, whole."""
-        cosines: Tensor = _Cosines.apply(spectrum, self.places, self.out, self.in_)  # type: ignore[no-untyped-call]
-        return cosines * (self.scaling / (self.out * self.in_))
+        scaled = spectrum * (self.scaling / (self.out * self.in_))
+        made: Tensor = _Cosines.apply(scaled, self.places, self.out, self.in_)  # type: ignore[no-untyped-call]
+        return made
 
     def merged(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """W + λ·Re(ifft2(S)), in the type of W."""
@@ -163,7 +164,7 @@ def _cosines(S: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
     whole = torch.empty_like(S)
     whole[:, :first] = half
     # Column k is column in − k with the rows −j, of which row 0 is itself.
-    mirror = half[:, 1 : in_ - first + 1].flip(1)
-    whole[0, first:] = mirror[0]
-    whole[1:, first:] = mirror[1:].flip(0)
+    mirror = half[:, 1 : in_ - first + 1]
+    whole[0, first:] = mirror[0].flip(0)
+    whole[1:, first:] = mirror[1:].flip(0, 1)
     return whole

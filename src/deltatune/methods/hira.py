@@ -1,6 +1,6 @@
 """HiRA: a frozen weight whose every entry is scaled by one plus an entry of a trained low-rank product.
 
-Huang et al., ICLR 2025 (openreview TwJrTz9cRS), section 3.   W' = W + W ⊙ (B·A) = W ⊙ (1 + B·A)
+Huang et al., ICLR 2025 (openreview TwJrTz9cRS).   W' = W + W ⊙ (B·A) = W ⊙ (1 + B·A)
 
     x ──┬────────────── W ─────┬── y
         └── drop ── W ⊙ (B·A) ─┘
@@ -39,7 +39,7 @@ class HiRA(WeightDelta):
     name: ClassVar[str] = "hira"
     title: ClassVar[str] = "HiRA"
     paper: ClassVar[str] = "ICLR 2025, openreview TwJrTz9cRS"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 5e-3
     peft_type: ClassVar[str] = "HIRA"
     suffixes: ClassVar[Mapping[str, str]] = {"hira_A": "A", "hira_B": "B"}
     __pydantic_config__ = CONFIG

@@ -1,6 +1,6 @@
 """LoKr: a frozen weight plus a trained Kronecker product.
 
-Yeh et al. 2023 (LyCORIS), arXiv 2309.14859, section 3.3; after Edalati et al. 2022 (KronA), arXiv 2212.10650.
+Yeh et al. 2023 (LyCORIS), arXiv 2309.14859; after Edalati et al. 2022 (KronA), arXiv 2212.10650.
 
     W' = W + s·W1 ⊗ W2,   s = alpha / rank      W1 (out₁, in₁),   W2 (out₂, in₂),   out = out₁·out₂,   in = in₁·in₂
 
@@ -48,7 +48,7 @@ class LoKr(WeightDelta):
     name: ClassVar[str] = "lokr"
     title: ClassVar[str] = "LoKr"
     paper: ClassVar[str] = "arXiv 2309.14859"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 2e-3
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank", "alpha_pattern": "alpha"}
     peft_type: ClassVar[str] = "LOKR"
     suffixes: ClassVar[Mapping[str, str]] = {
@@ -218,7 +218,7 @@ class _Kronecker(torch.autograd.Function):
         rows = dy.reshape(-1, len(a))  # (tokens·out₁, out₂)
         da = (rows.T @ (w1 @ z).flatten(0, 1)).mul_(ctx.scale)
         dh = (rows @ a).mul_(ctx.scale).view(len(x), -1, a.shape[1])  # (tokens, out₁, width of A)
-        dw1 = torch.tensordot(dh, z, ([0, 2], [0, 2]))
+        dw1 = (dh @ z.mT).sum(0)
         dz = (w1.T @ dh).flatten(0, 1)  # (tokens·in₁, width of A)
         db = None if b is None else dz.T @ x.reshape(len(dz), -1)
         dx = None

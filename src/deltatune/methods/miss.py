@@ -4,10 +4,10 @@ Kang and Yin 2024, arXiv 2409.15371.   W'[:, j] = W[:, j] + D[j mod rank],   D (
 
     W' = W + [Dᵀ Dᵀ Dᵀ …]     the last copy is cut where rank does not divide in
 
-All inputs that are a multiple of `rank` apart share a column, so it is enough to add them up first:
+Inputs that are a multiple of `rank` apart share a row of D, so it is enough to add them up first:
 
-    x ──┬───────────── W ────────────┬── y
-        └── Σ of x's groups ── Dᵀ ───┘
+    x ──┬─────────────── W ──────────────┬── y
+        └── Σ of those that share ── D ──┘
 
 There is no scale. The variants that PEFT calls "bat" and "mini" are other formulas, and are not read.
 """
@@ -32,7 +32,7 @@ class MiSS(WeightDelta):
     """Adds one small trained matrix to frozen weights, repeated along their input."""
 
     rank: int = 64
-    """Inputs in a group, and rows of the trained matrix D (rank, out)."""
+    """Rows of the trained matrix D (rank, out); inputs that are a multiple of it apart share one."""
     dropout: float = 0.0
     """Share of the adapter branch's input that is zeroed in training."""
     targets: Targets = "all-linear"
@@ -63,7 +63,7 @@ class MiSS(WeightDelta):
         return self.rank * site.out
 
     def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: the sums of x's groups and D, but not x; with dropout its mask, too."""
+        """Bytes kept for backward: the sums of the inputs that share a row and D, but not x; with dropout its mask."""
         mask = site.in_ if self.dropout else 0
         return (tokens * (self.rank + mask) + self.rank * site.out) * itemsize
 
@@ -105,23 +105,21 @@ class MiSSDelta(nn.Module):
     def forward(
         self, x: Float[Tensor, "tokens in"], weight: FrozenWeight, bias: Float[Tensor, " out"] | None
     ) -> Float[Tensor, "tokens out"]:
-        """The same output from the sums of x's groups, the weight left alone."""
+        """The same output from the sums of the inputs that share a row, the weight left alone."""
         z = dropout(x, self.dropout) if self.training and self.dropout > 0 else None
         y: Tensor = _Shared.apply(x, z, weight, bias, self.D.to(x.dtype))  # type: ignore[no-untyped-call]
         return y
 
 
 class _Shared(torch.autograd.Function):
-    """y = x·Wᵀ + b + h·D, where h (tokens, rank) are the sums over the groups of z: the dropped input, or x itself.
+    """y = x·Wᵀ + b + h·D, h = z·Sᵀ, where z is the dropped input, or x itself when it is None; S as in `_sharing`.
 
-    Backward, with dh = dy·Dᵀ:   dx = dy·W (+ dh to every group),  dz = dh to every group,  dD = hᵀ·dy,  db = Σ dy
+    Backward, with dh = dy·Dᵀ:   dx = dy·W (+ dh·S),  dz = dh·S,  dD = hᵀ·dy,  db = Σ dy
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, z: Tensor | None, weight: FrozenWeight, bias: Tensor | None, D: Tensor) -> Tensor:
-        groups, rest = _groups(x if z is None else z, len(D))
-        h = groups.sum(1)
-        h[:, : rest.shape[1]] += rest
+        h = (x if z is None else z) @ _sharing(D, weight.in_).T  # (tokens, rank)
         ctx.save_for_backward(h, D)
         ctx.weight, ctx.dropped = weight, z is not None
         return weight.matmul(x, bias).addmm_(h, D)
@@ -130,20 +128,15 @@ class _Shared(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         h, D = ctx.saved_tensors
         wants_x, wants_z, _, wants_bias, _ = ctx.needs_input_grad
+        dh, S = dy @ D.T, _sharing(D, ctx.weight.in_)
         dx = ctx.weight.matmul_transposed(dy) if wants_x else None
-        dz = dy.new_zeros(len(dy), ctx.weight.in_) if wants_z else None
-        branch = dz if ctx.dropped else dx
-        if branch is not None:
-            dh = dy @ D.T
-            groups, rest = _groups(branch, len(D))
-            groups += dh[:, None]
-            rest += dh[:, : rest.shape[1]]
+        if dx is not None and not ctx.dropped:
+            dx.addmm_(dh, S)
+        dz = dh @ S if wants_z else None
         return dx, dz, None, dy.sum(0) if wants_bias else None, h.T @ dy
 
 
-def _groups(
-    x: Float[Tensor, "tokens in"], rank: int
-) -> tuple[Float[Tensor, "tokens n rank"], Float[Tensor, "tokens rest"]]:
-    """Views of x: its whole groups of `rank` neighbours, and the neighbours that are left over."""
-    whole = x.shape[1] - x.shape[1] % rank
-    return x[:, :whole].view(len(x), whole // rank, rank), x[:, whole:]
+def _sharing(D: Float[Tensor, "rank out"], in_: int) -> Float[Tensor, "rank {in_}"]:
+    """S (rank, in): 1 where an input has a row of D, otherwise 0. A product with it is faster than sums over a view."""
+    rank = len(D)
+    return torch.eye(rank, dtype=D.dtype, device=D.device).repeat(1, -(-in_ // rank))[:, :in_]

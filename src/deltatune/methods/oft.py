@@ -1,14 +1,18 @@
 """OFT: the inputs of a frozen weight are turned, block by block, before it is applied.
 
-Qiu et al. 2023, arXiv 2306.07280, sections 3.2 and 3.3.   W' = W·blockdiag(R₁, …, R_b)ᵀ
+Qiu et al. 2023, arXiv 2306.07280, section 3.   W' = W·blockdiag(R₁, …, R_b)ᵀ
 
                  ┌─ R₁ ─┐
     x ── blocks ─┤  ⋮   ├── W ── y          R = (I − Q)(I + Q)⁻¹,   Q = U − Uᵀ,   U strictly upper triangular: trained
                  └─ R_b ┘
 
-A rotation keeps the lengths of the rows of W and the angles between them. The paper writes Q with the other sign: it
-names the same rotations; this is the sign of PEFT's files. With `neumann_terms` the inverse is a truncated series, as
-in OFTv2 (Qiu et al. 2025, arXiv 2506.19847):  R ≈ (I + Q)(I + Q + Q² + …), and PEFT's files have Q as it stands here.
+A rotation keeps the lengths of the rows of W and the angles between them. From OFTv2 (Qiu et al. 2025, arXiv
+2506.19847) is that the inputs are turned, not W, and, with `neumann_terms`, a truncated series in place of the inverse:
+
+    R ≈ (I + Q)(I + Q + Q² + …)
+
+The paper has (I + Q)(I − Q)⁻¹, as the series does: with −Q for Q the same rotations. The signs here are those of PEFT's
+files.
 """
 
 import re
@@ -46,7 +50,7 @@ class OFT(WeightDelta):
     name: ClassVar[str] = "oft"
     title: ClassVar[str] = "OFT"
     paper: ClassVar[str] = "arXiv 2306.07280"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 2e-3
     peft_type: ClassVar[str] = "OFT"
     suffixes: ClassVar[Mapping[str, str]] = {"oft_R.weight": "Q"}
     __pydantic_config__ = CONFIG
@@ -201,7 +205,8 @@ class _Turned(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, Q)
         ctx.weight, ctx.rotations = weight, rotations
-        return weight.matmul(_turn(x, rotations(Q).to(x.dtype)), bias)
+        R = rotations(Q).to(x.dtype)
+        return weight.matmul(_joined(_blocks(x, R.shape[-1]) @ R), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -210,11 +215,11 @@ class _Turned(torch.autograd.Function):
         with torch.enable_grad():
             Q = Q.detach().requires_grad_()
             R = ctx.rotations(Q)
-        turned = ctx.weight.matmul_transposed(dy)
-        size = R.shape[-1]
-        dR = torch.bmm(_blocks(x, size).mT, _blocks(turned, size))
+        # Copies, because products along the tokens of strided blocks are slow in 16 bits.
+        turned = _blocks(ctx.weight.matmul_transposed(dy), R.shape[-1]).contiguous()
+        dR = _blocks(x, R.shape[-1]).contiguous().mT @ turned
         [dQ] = torch.autograd.grad(R, Q, dR.to(R.dtype))
-        dx = _turn(turned, R.detach().mT.to(dy.dtype)) if wants_x else None
+        dx = _joined(turned @ R.detach().mT.to(dy.dtype)) if wants_x else None
         return dx, None, dy.sum(0) if wants_bias else None, dQ, None
 
 
@@ -222,11 +227,8 @@ def _blocks(x: Float[Tensor, "tokens in"], size: int) -> Float[Tensor, "blocks t
     return x.view(len(x), -1, size).transpose(0, 1)
 
 
-def _turn(x: Float[Tensor, "tokens in"], R: Float[Tensor, "blocks size size"]) -> Float[Tensor, "tokens in"]:
-    """x·blockdiag(R), written where it belongs: products of blocks would have to be put in order in another pass."""
-    turned = torch.empty_like(x, memory_format=torch.contiguous_format)
-    torch.bmm(_blocks(x, R.shape[-1]), R, out=_blocks(turned, R.shape[-1]))
-    return turned
+def _joined(blocks: Float[Tensor, "blocks tokens size"]) -> Float[Tensor, "tokens in"]:
+    return blocks.transpose(0, 1).flatten(1)
 
 
 def _divisors_around(number: int, near: int) -> tuple[int, int]:

@@ -47,13 +47,11 @@ class _Through(torch.autograd.Function):
         *parameters: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x if z is None else z, *parameters)
-        # One product with W + ΔW where it can be had: in 16 bits a small ΔW would be lost in the rounding of the sum.
-        ctx.at_once = z is None and x.dtype.itemsize >= 4
         ctx.weight, ctx.update, ctx.dropped = weight, update, z is not None
-        delta = update(*parameters).to(x.dtype)
-        if ctx.at_once:
-            return F.linear(x, weight.dense() + delta, None if bias is None else bias.to(x.dtype))
-        return weight.matmul(x, bias).addmm_(x if z is None else z, delta.T)
+        delta = update(*parameters)
+        if z is None:
+            return F.linear(x, _sum(weight, delta, x.dtype), None if bias is None else bias.to(x.dtype))
+        return weight.matmul(x, bias).addmm_(z, delta.to(x.dtype).T)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -62,17 +60,18 @@ class _Through(torch.autograd.Function):
         with torch.enable_grad():
             parameters = [p.detach().requires_grad_(want) for p, want in zip(parameters, wants, strict=True)]
             made = ctx.update(*parameters)
-        delta = made.detach().to(dy.dtype)
+        delta = made.detach()
         dx = dz = None
-        if wants_x and ctx.at_once:
-            dx = dy @ (ctx.weight.dense() + delta)
-        elif wants_x:
-            dx = ctx.weight.matmul_transposed(dy)
-            if not ctx.dropped:
-                dx.addmm_(dy, delta)
+        if wants_x:
+            dx = ctx.weight.matmul_transposed(dy) if ctx.dropped else dy @ _sum(ctx.weight, delta, dy.dtype)
         if wants_z:
-            dz = dy @ delta
+            dz = dy @ delta.to(dy.dtype)
         bias = dy.sum(0) if wants_bias else None
         wanted = [p for p in parameters if p.requires_grad]
         found = iter(torch.autograd.grad(made, wanted, (dy.T @ z).to(made.dtype))) if wanted else iter(())
         return dx, dz, None, bias, None, *(next(found) if want else None for want in wants)
+
+
+def _sum(weight: FrozenWeight, delta: Float[Tensor, "out in"], dtype: torch.dtype) -> Float[Tensor, "out in"]:
+    """W + ΔW, added before it is rounded to 16 bits; that loses no more than rounding two products would."""
+    return (weight.dense() + delta).to(dtype)

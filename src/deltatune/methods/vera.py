@@ -27,7 +27,7 @@ class VeRA(WeightDelta):
     """Trains two vectors per layer that scale a pair of frozen random matrices, the same for all layers."""
 
     rank: int = 256
-    """Width of the random matrices; it costs one trained number a layer, so it is far above LoRA's."""
+    """Width of the random matrices; a step of it costs one trained number a layer, so it is far above LoRA's."""
     d_initial: float = 0.1
     """What every entry of λ_d starts at; λ_b starts at 0."""
     projection_seed: int = 0

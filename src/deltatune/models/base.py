@@ -63,7 +63,7 @@ def load(
     a base without safetensors or tokenizer, an architecture that has no classifier, and weights that are not finite.
     """
     place = find_base(name, revision)
-    with _quiet(), torch.random.fork_rng():
+    with quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
         model = _model(place, _config(place, labels), dtype)
         tokenizer = _tokenizer(place, model)
@@ -73,7 +73,7 @@ def load(
 def outline(place: Place, *, labels: Sequence[str]) -> PreTrainedModel:
     """The base as a classifier on the meta device: its layers and shapes, without any weight."""
     try:
-        with _quiet(), torch.device("meta"):
+        with quiet(), torch.device("meta"):
             model: PreTrainedModel = AutoModelForSequenceClassification.from_config(_config(place, labels))
     except (ValueError, RuntimeError) as error:
         raise UserError(
@@ -230,7 +230,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Transformers' own bars and warnings off: what matters of them is said as errors or attached to the model."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

@@ -22,6 +22,8 @@ class Merged:
     """Weights that were replaced by their merged ones."""
     difference: float | None
     """The largest difference of any output on the probe, merged against adapted; None without a probe."""
+    largest: float | None
+    """The largest output on the probe in size, as adapted; None without a probe."""
 
 
 def merge(model: nn.Module, probe: Mapping[str, Tensor] | None = None) -> Merged:
@@ -47,10 +49,10 @@ def merge(model: nn.Module, probe: Mapping[str, Tensor] | None = None) -> Merged
             unmerge(model)
             raise UserError(f"{path}: {error.message}", error.hint) from error
     if probe is None or before is None:
-        return Merged(len(layers), None)
+        return Merged(len(layers), None, None)
     difference = (_output(model, probe) - before).abs().max().item()
     log.info("merged %d layers; the largest difference of an output on the probe is %.2g", len(layers), difference)
-    return Merged(len(layers), difference)
+    return Merged(len(layers), difference, before.abs().max().item())
 
 
 def unmerge(model: Model) -> Model:

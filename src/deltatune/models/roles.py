@@ -91,13 +91,20 @@ def linear_roles(model: nn.Module) -> dict[str, Role]:
 
 
 def embedding_roles(model: nn.Module) -> dict[str, Role]:
-    """The role of each plain embedding of `model`, by module path: that of its input tokens, or another."""
+    """The role of each plain embedding of `model`, by module path: that of its input tokens, or another.
+
+    T5 and its kin name an embedding in which nothing is looked up, the encoder's and decoder's being tied to it: that
+    one is left out.
+    """
+    every = {path: layer for path, layer in _base_layers(model) if isinstance(layer, nn.Embedding)}
     tokens = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     tokens = tokens.base if isinstance(tokens, Adapted) else tokens
+    tied = {path for path, layer in every.items() if tokens is not None and layer.weight is tokens.weight}
+    unused = {path for path in tied if every[path] is tokens and len(tied) > 1}
     return {
-        path: "token-embedding" if layer is tokens else "embedding"
-        for path, layer in _base_layers(model)
-        if type(layer) is nn.Embedding  # a class of its own may do more than look vectors up
+        path: "token-embedding" if path in tied else "embedding"
+        for path, layer in every.items()
+        if type(layer) is nn.Embedding and path not in unused  # a class of its own may do more than look vectors up
     }
 
 

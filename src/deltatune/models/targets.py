@@ -27,7 +27,9 @@ class Matched:
         return list(dict.fromkeys(path for paths in self.entries.values() for path in paths))
 
     def __str__(self) -> str:
-        return "\n".join(f"{entry}: {_counted(paths)}" for entry, paths in self.entries.items())
+        whole = tuple(entry for entry, paths in self.entries.items() if paths == (entry,))
+        lines = [f"{entry}: {_counted(paths)}" for entry, paths in self.entries.items() if paths != (entry,)]
+        return "\n".join(lines + ([_counted(whole)] if whole else []))
 
 
 def adaptable(model: nn.Module, head: Iterable[str] = (), embeddings: bool = False) -> dict[str, Role]:
