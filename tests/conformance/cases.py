@@ -43,7 +43,7 @@ VARIANTS: dict[str, list[dict]] = {
     "hira": [{"rank": 3, "dropout": 0.3}],
     "adalora": [{"init_r": 3, "target_r": 2, "alpha": 5.0, "dropout": 0.3}],
     "ia3": [{"scales": "input"}],
-    "miss": [{"rank": 5}, {"rank": 12, "dropout": 0.3}],
+    "miss": [{"rank": 5}, {"rank": 6, "dropout": 0.3}],
     "vblora": [
         {"rank": 2, "num_vectors": 20, "topk": 3, "vector_length": 2},
         {"dropout": 0.3},

@@ -216,7 +216,7 @@ def test_directions_found_batch_by_batch_are_those_of_all_batches_together() -> 
 
 
 def test_lora_ga_spans_the_largest_components_of_the_gradient() -> None:
-    """A from the first r right singular vectors, B from the next r left ones, of size out^¼ / √γ (arXiv 2407.05000)."""
+    """A from the first r right singular vectors, B from the next r left ones, of size d_out^¼ / √γ (2407.05000)."""
     torch.manual_seed(0)
     model, x = Layer(), torch.randn(3, 30, 12) * torch.logspace(1, -1, 12)
     model(x).loss.backward()

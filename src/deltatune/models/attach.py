@@ -319,7 +319,7 @@ def _attach_deltas(
     others, before = attachments(model), attachment(model)
     _refuse_overlap(name, head, placed.modules, others)
     if others:
-        activate(model, None)  # the mark is the base's, with its own head
+        activate(model, None)  # what is marked and observed is the base, with its own head
     mark = fingerprint(model, without=head)
     try:
         observers = _observed(model, placed, examples)
