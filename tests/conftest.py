@@ -19,3 +19,10 @@ install_import_hook(
     ],
     "typecheck.check",
 )
+
+SLOW = ("test_readme.py", "test_interrupt.py", "test_loop.py", "test_compare.py")
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """The files that take longest first, so that no worker is left with one of them alone at the end."""
+    items.sort(key=lambda item: item.path.name not in SLOW)

@@ -217,7 +217,9 @@ def test_peft_loads_ours_and_gives_the_same_logits(architecture: str, method: We
     model = trained(architecture, method)
     deltatune.save_adapter(model, tmp_path / "adapter", base="tiny")
     theirs = read_by_peft(architecture, method, tmp_path / "adapter").eval()
-    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=1e-5)
+    # T5 does not scale its attention scores, so rounding grows on its way.
+    close = 3e-4 if architecture == "t5" else 1e-5
+    torch.testing.assert_close(logits(theirs), logits(model), atol=close, rtol=close)
 
 
 @on_models(DELTAS)

@@ -58,7 +58,7 @@ def test_a_run_learns_what_can_be_learnt(folder: Path) -> None:
 @pytest.mark.parametrize("method", [LoRA(rank=4, dropout=0.1), Full(), Head()], ids=lambda method: method.name)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_same_seed_gives_the_same_bits(folder: Path, method, precision: str) -> None:
-    first, second, other = (run(folder, method, seed, epochs=1, precision=precision) for seed in (0, 0, 1))
+    first, second, other = (run(folder, method, seed, epochs=0.3, precision=precision) for seed in (0, 0, 1))
     a, b, c = (bits(tuned.base.model) for tuned in (first, second, other))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert any(not torch.equal(a[name], c[name]) for name in a)

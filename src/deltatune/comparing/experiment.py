@@ -70,7 +70,8 @@ class MethodChoice(BaseModel):
         name, options = value["method"], value.get("options") or {}
         if not isinstance(options, Mapping):
             return value
-        label = value.get("label") or _label(name, options)
+        rate = {"learning_rate": value["learning_rate"]} if value.get("learning_rate") else {}
+        label = value.get("label") or _label(name, {**options, **rate})
         return {**value, "label": label, "options": options_of(make(name, options))}
 
     def make(self) -> Method:
