@@ -17,7 +17,7 @@ demo: setup
 	$(BIN)/deltatune compare experiments/demo.yaml
 
 test: setup browser
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The report's tests open it in a real Chromium. Where none is found they are skipped and say so; on Debian it is installed.
 browser:

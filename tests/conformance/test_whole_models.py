@@ -57,7 +57,7 @@ def test_training_starts_at_the_base(architecture: str, method: Method) -> None:
     torch.testing.assert_close(logits(model), logits(tiny_model(architecture)))
 
 
-@on_models(EVERY)
+@on_models(EVERY, FEW)
 def test_only_what_the_method_states_trains(architecture: str, method: Method) -> None:
     base = tiny_model(architecture)
     head = sum(p.numel() for name, p in base.named_parameters() if not name.startswith(base.base_model_prefix + "."))
@@ -222,7 +222,7 @@ def test_peft_loads_ours_and_gives_the_same_logits(architecture: str, method: We
     torch.testing.assert_close(logits(theirs), logits(model), atol=close, rtol=close)
 
 
-@on_models(DELTAS)
+@on_models(DELTAS, FEW)
 def test_what_peft_saves_again_loads_here_with_the_same_logits(
     architecture: str, method: WeightDelta, tmp_path: Path
 ) -> None:
