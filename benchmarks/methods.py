@@ -4,7 +4,8 @@ python benchmarks/methods.py [METHOD[:option=value,…] …] [--rounds 15]
 
 Forward and backward of `minilm` on real batches of 1,024 tokens, in the machine's precision, all variants interleaved
 in one process; what is printed are medians over the rounds, and medians of the ratios within a round. PEFT gets the
-very adapter that we saved, on a base prepared in the same way, under the same autocast. Dropout is off for all.
+very adapter that we saved, on a base prepared in the same way, under the same autocast. Dropout is off for all. Ours
+has the penalty of AdaLoRA in its step, PEFT's does not.
 """
 
 import argparse
@@ -31,7 +32,7 @@ FITTING = {"vblora": {"vector_length": 192}}
 """Options without which a method does not fit the widths of `minilm`."""
 
 
-def fresh(precision: str) -> nn.Module:
+def fresh() -> nn.Module:
     """The base as a classifier without dropout, so that variants differ in their adapters alone."""
     model = deltatune.load("minilm", labels=LABELS).model
     for module in model.modules():
@@ -43,7 +44,7 @@ def fresh(precision: str) -> nn.Module:
 
 def ours(method: WeightDelta, precision: str) -> nn.Module:
     """Our adapter on the base, ready to train."""
-    model = deltatune.attach(fresh(precision), method)
+    model = deltatune.attach(fresh(), method)
     prepare(model, precision)
     return model.train()
 
@@ -51,8 +52,8 @@ def ours(method: WeightDelta, precision: str) -> nn.Module:
 def theirs(method: WeightDelta, precision: str) -> nn.Module:
     """PEFT's adapter of the same shape on the base, ready to train."""
     with tempfile.TemporaryDirectory() as folder:
-        deltatune.save_adapter(deltatune.attach(fresh(precision), method), folder)
-        model = fresh(precision)
+        deltatune.save_adapter(deltatune.attach(fresh(), method), folder)
+        model = fresh()
         if precision == "bf16":
             model = model.bfloat16()
         return peft.PeftModel.from_pretrained(model, folder, is_trainable=True).train()
@@ -77,7 +78,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("methods", nargs="*", metavar="METHOD")
     options.add_argument("--rounds", type=int, default=15)
-    options.add_argument("--targets", default="all-linear")
+    options.add_argument("--targets", default="", help="left out, each method's own")
     given = options.parse_args()
     names = given.methods or [name for name, kind in METHODS.items() if kind.kind == "weight delta" and name != "lora"]
 
@@ -90,7 +91,7 @@ def main() -> None:
     for words in names:
         name, chosen = parse(words)
         method = make(name, {**FITTING.get(name, {}), **chosen})
-        targets = chosen.get("targets", method.targets if name == "ia3" else given.targets)
+        targets = given.targets or method.targets
         method = replace(method, targets=targets)
         variants = {"lora": ours(make("lora", {"targets": targets}), precision), "ours": ours(method, precision)}
         if not method.peft_type.startswith("DELTATUNE"):

@@ -164,6 +164,7 @@ def test_missing_unexpected_misshapen_and_non_finite_tensors_are_refused_by_name
     refused({name: tensor for name, tensor in whole.items() if name != some}, "lacks")
     refused({**whole, "base_model.model.stranger": torch.ones(2)}, "unknown tensor")
     refused({**whole, some: torch.ones(3, 3, 3)}, "shape")
+    refused({**whole, some: whole[some].int()}, "whole numbers")
     refused({**whole, some: whole[some].fill_(torch.nan)}, "not finite")
 
 

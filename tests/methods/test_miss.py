@@ -11,19 +11,13 @@ from conformance.cases import adapted, shaken
 from deltatune import MiSS
 from deltatune.errors import UserError
 from deltatune.methods import Site
+from peer import peft_adapter
 from tiny import tiny_inputs, tiny_model
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(**tiny_inputs()).logits
-
-
-def peft_adapter(folder: Path, architecture: str, **options) -> torch.Tensor:
-    """Writes an adapter that PEFT made, with random values, and gives its logits."""
-    model = peft.get_peft_model(tiny_model(architecture), peft.MissConfig(task_type="SEQ_CLS", **options))
-    shaken(model).eval().save_pretrained(folder)
-    return logits(model)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +32,7 @@ def peft_adapter(folder: Path, architecture: str, **options) -> torch.Tensor:
     ],
 )
 def test_an_adapter_that_peft_made_gives_its_logits_here(architecture: str, options: dict, tmp_path: Path) -> None:
-    theirs = peft_adapter(tmp_path, architecture, **options)
+    theirs = peft_adapter(tmp_path, architecture, peft.MissConfig(task_type="SEQ_CLS", **options))
     ours = deltatune.load_adapter(tiny_model(architecture), tmp_path)
     torch.testing.assert_close(logits(ours), theirs, atol=1e-5, rtol=1e-5)
 
@@ -52,7 +46,7 @@ def test_an_adapter_that_peft_made_gives_its_logits_here(architecture: str, opti
     ],
 )
 def test_the_other_variants_of_peft_are_refused_by_name(options: dict, why: str, tmp_path: Path) -> None:
-    peft_adapter(tmp_path, "bert", r=8, target_modules=["query"], **options)
+    peft_adapter(tmp_path, "bert", peft.MissConfig(task_type="SEQ_CLS", r=8, target_modules=["query"], **options))
     with pytest.raises(UserError, match=why):
         deltatune.load_adapter(tiny_model("bert"), tmp_path)
 

@@ -12,16 +12,13 @@ from conformance.cases import shaken
 from deltatune import LoRA
 from deltatune.errors import UserError
 from deltatune.models.adapters import ABOUT, CONFIG, TENSORS
+from peer import peft_adapter
 from tiny import tiny_inputs, tiny_model
 
 
-def peft_adapter(folder: Path, architecture: str, **options) -> torch.Tensor:
-    """Writes an adapter that PEFT made, with random values, and gives its logits."""
-    config = peft.LoraConfig(task_type="SEQ_CLS", **options)
-    model = peft.get_peft_model(tiny_model(architecture), config)
-    shaken(model).eval().save_pretrained(folder)
-    with torch.no_grad():
-        return model(**tiny_inputs()).logits
+def lora_of_peft(folder: Path, architecture: str, **options) -> torch.Tensor:
+    """Writes a LoRA adapter that PEFT made, with random values, and gives its logits."""
+    return peft_adapter(folder, architecture, peft.LoraConfig(task_type="SEQ_CLS", **options))
 
 
 @pytest.mark.parametrize(
@@ -40,14 +37,14 @@ def peft_adapter(folder: Path, architecture: str, **options) -> torch.Tensor:
     ],
 )
 def test_an_adapter_that_peft_made_gives_its_logits_here(architecture: str, options: dict, tmp_path: Path) -> None:
-    theirs = peft_adapter(tmp_path, architecture, **options)
+    theirs = lora_of_peft(tmp_path, architecture, **options)
     model = deltatune.load_adapter(tiny_model(architecture), tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(model(**tiny_inputs()).logits, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_an_adapter_that_peft_made_can_be_trained_further_and_saved_here(tmp_path: Path) -> None:
-    peft_adapter(tmp_path / "theirs", "bert", r=4, target_modules=["query"])
+    lora_of_peft(tmp_path / "theirs", "bert", r=4, target_modules=["query"])
     model = shaken(deltatune.load_adapter(tiny_model("bert"), tmp_path / "theirs"), seed=9)
     deltatune.save_adapter(model, tmp_path / "ours")
     loaded = deltatune.load_adapter(tiny_model("bert"), tmp_path / "ours")
@@ -57,13 +54,13 @@ def test_an_adapter_that_peft_made_can_be_trained_further_and_saved_here(tmp_pat
 
 @pytest.mark.parametrize("options", [{"bias": "all"}])
 def test_what_would_change_the_output_and_is_not_supported_is_refused(options: dict, tmp_path: Path) -> None:
-    peft_adapter(tmp_path, "bert", r=4, target_modules=["query"], **options)
+    lora_of_peft(tmp_path, "bert", r=4, target_modules=["query"], **options)
     with pytest.raises(UserError, match=next(iter(options))):
         deltatune.load_adapter(tiny_model("bert"), tmp_path)
 
 
 def test_other_types_of_adapter_are_refused_by_name(tmp_path: Path) -> None:
-    peft_adapter(tmp_path, "bert", r=4, target_modules=["query"])
+    lora_of_peft(tmp_path, "bert", r=4, target_modules=["query"])
     config = tmp_path / CONFIG
     config.write_text(config.read_text().replace('"LORA"', '"POLY"'))
     with pytest.raises(UserError, match="POLY"):
@@ -118,7 +115,7 @@ def test_a_missing_folder_is_said_to_hold_no_adapter(tmp_path: Path) -> None:
 
 
 def test_tensors_in_other_formats_are_not_read(tmp_path: Path) -> None:
-    peft_adapter(tmp_path, "bert", r=4, target_modules=["query"])
+    lora_of_peft(tmp_path, "bert", r=4, target_modules=["query"])
     (tmp_path / TENSORS).rename(tmp_path / "adapter_model.bin")
     with pytest.raises(UserError, match="missing"):
         deltatune.load_adapter(tiny_model("bert"), tmp_path)

@@ -57,7 +57,7 @@ class CellProcesses:
             write_json(folder / FAILED, _died(code, folder))
 
     def _running(self) -> subprocess.Popen[str]:
-        if self._zygote is None:
+        if self._zygote is None or self._zygote.poll() is not None:  # none yet, or it was killed between two cells
             self._zygote = subprocess.Popen(
                 [sys.executable, "-m", "deltatune.comparing.zygote", str(self._cells)],
                 stdin=subprocess.PIPE,

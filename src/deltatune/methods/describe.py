@@ -28,7 +28,7 @@ def describe(name: str) -> dict[str, Any]:
         "keys": [*getattr(kind, "suffixes", ()), *getattr(kind, "shared_suffixes", ())],
         "learning_rate": kind.learning_rate,
         "options": [
-            {"name": option, "default": value, "help": help_of[option].get("description", "")}
+            {"name": option, "default": value, "help": " ".join(help_of[option].get("description", "").split())}
             for option, value in options_of(kind()).items()
         ],
     }

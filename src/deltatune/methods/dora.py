@@ -73,10 +73,8 @@ class DoRA(WeightDelta):
     __pydantic_config__ = CONFIG
 
     def __post_init__(self) -> None:
-        for rank in (self.rank, *self.rank_pattern.values()):
-            at_least_one("dora", rank=rank)
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            positive("dora", alpha=alpha)
+        at_least_one("dora", rank=(self.rank, *self.rank_pattern.values()))
+        positive("dora", alpha=(self.alpha, *self.alpha_pattern.values()))
         share("dora", dropout=self.dropout)
 
     @property
@@ -271,8 +269,8 @@ class DoRADelta(_Decomposed):
         n = self.norm(weight, x.dtype)
         if self.magnitude == "normalised-update":
             return low_rank(x, z, weight, bias, self.A, (self.m / n)[:, None] * self.B, self.scale)
-        A, B = self.A.to(x.dtype), self.B.to(x.dtype)
-        y: Tensor = _Scaled.apply(x, z, weight, bias, A, B, self.m, n, self.scale)  # type: ignore[no-untyped-call]
+        Z = low_rank(x, z, weight, None, self.A, self.B, self.scale)
+        y: Tensor = _Scaled.apply(Z, bias, self.m, n)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -298,47 +296,20 @@ class DoRAEmbedding(_Decomposed):
 
 
 class _Scaled(torch.autograd.Function):
-    """y = m/n ⊙ Z + b with Z = x·Wᵀ + s·(z·Aᵀ)·Bᵀ, where z is the dropped input, or x itself when it is None.
-
-    Backward, with h = z·Aᵀ, dZ = m/n ⊙ dy and dh = s·dZ·B:   dx = dZ·W (+ dh·A),  dz = dh·A,  dA = dhᵀ·z,
-    dB = s·dZᵀ·h,  dm = Σ dy ⊙ Z / n,  db = Σ dy
-    """
+    """y = m/n ⊙ Z + b for Z = V·x, with n held constant.   Backward:   dZ = m/n ⊙ dy,  dm = Σ dy ⊙ Z / n,  db = Σ dy"""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        z: Tensor | None,
-        weight: FrozenWeight,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        m: Tensor,
-        n: Tensor,
-        scale: float,
-    ) -> Tensor:
-        branch = x if z is None else z
-        h = branch @ A.T  # (tokens, rank)
-        Z = weight.matmul(x).addmm_(h, B.T, alpha=scale)  # (tokens, out)
+    def forward(ctx: Any, Z: Tensor, bias: Tensor | None, m: Tensor, n: Tensor) -> Tensor:
         factor = (m / n).to(torch.promote_types(Z.dtype, torch.float32))  # (out,) or (1,)
-        ctx.save_for_backward(branch, A, B, h, Z, factor, n)
-        ctx.weight, ctx.scale, ctx.dropped = weight, scale, z is not None
+        ctx.save_for_backward(Z, factor, n)
         return _scaled(Z, factor, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        branch, A, B, h, Z, factor, n = ctx.saved_tensors
-        wants_x, wants_z, _, wants_bias, *_ = ctx.needs_input_grad
-        dZ = _scaled(dy, factor, None)  # (tokens, out)
-        dh = (dZ @ B).mul_(ctx.scale)  # (tokens, rank)
-        dx = ctx.weight.matmul_transposed(dZ) if wants_x else None
-        dz = dh @ A if wants_z else None
-        if dx is not None and not ctx.dropped:
-            dx.addmm_(dh, A)
+        Z, factor, n = ctx.saved_tensors
         dm = (dy * Z).sum(0).to(n.dtype)
         dm = (dm if n.shape == dm.shape else dm.sum(0, keepdim=True)) / n
-        bias = dy.sum(0) if wants_bias else None
-        return dx, dz, None, bias, dh.T @ branch, (dZ.T @ h).mul_(ctx.scale), dm, None, None
+        return _scaled(dy, factor, None), dy.sum(0) if ctx.needs_input_grad[1] else None, dm, None
 
 
 def _scaled(

@@ -54,8 +54,7 @@ class FourierFT(WeightDelta):
     __pydantic_config__ = CONFIG
 
     def __post_init__(self) -> None:
-        for coefficients in (self.coefficients, *self.coefficients_pattern.values()):
-            at_least_one("fourierft", coefficients=coefficients)
+        at_least_one("fourierft", coefficients=(self.coefficients, *self.coefficients_pattern.values()))
         positive("fourierft", scaling=self.scaling)
 
     def check(self, site: Site) -> None:

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deltatune.methods.contract import CONFIG, Site, Targets, WeightDelta
+from deltatune.methods.lora import low_rank
 from deltatune.methods.through import through_update
 from deltatune.methods.values import at_least_one, positive, rank_fits, refuse_unsupported
 from deltatune.weights import FrozenWeight
@@ -56,10 +57,8 @@ class LoHa(WeightDelta):
     __pydantic_config__ = CONFIG
 
     def __post_init__(self) -> None:
-        for rank in (self.rank, *self.rank_pattern.values()):
-            at_least_one("loha", rank=rank)
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            positive("loha", alpha=alpha)
+        at_least_one("loha", rank=(self.rank, *self.rank_pattern.values()))
+        positive("loha", alpha=(self.alpha, *self.alpha_pattern.values()))
 
     @property
     def _alpha(self) -> float:
@@ -87,9 +86,9 @@ class LoHa(WeightDelta):
         return 2 * self.rank * (site.out + site.in_)
 
     def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: x, the four matrices in fp32, and x·Vᵀ where U and V are used."""
+        """Bytes kept for backward: x, the four matrices in fp32, and U, V and x·Vᵀ where these are used."""
         width = self.rank**2 if self.by_factors(site) else 0
-        return tokens * (site.in_ + width) * itemsize + 4 * self.parameters(site)
+        return (tokens * (site.in_ + width) + width * (site.out + site.in_)) * itemsize + 4 * self.parameters(site)
 
     def delta(
         self, site: Site, weight: FrozenWeight, shared: nn.Module | None, generator: torch.Generator
@@ -159,8 +158,8 @@ class LoHaDelta(nn.Module):
         parameters = self.w1_a, self.w1_b, self.w2_a, self.w2_b
         if not self.by_factors:
             return through_update(x, weight, bias, self.update, *parameters)
-        y: Tensor = _ByFactors.apply(x, weight, bias, self.scale, *parameters)  # type: ignore[no-untyped-call]
-        return y
+        U, V = row_products(self.w1_a, self.w2_a), column_products(self.w1_b, self.w2_b)
+        return low_rank(x, None, weight, bias, V, U, self.scale)
 
 
 def row_products(a: Float[Tensor, "rows p"], b: Float[Tensor, "rows q"]) -> Float[Tensor, "rows pq"]:
@@ -171,50 +170,3 @@ def row_products(a: Float[Tensor, "rows p"], b: Float[Tensor, "rows q"]) -> Floa
 def column_products(a: Float[Tensor, "p columns"], b: Float[Tensor, "q columns"]) -> Float[Tensor, "pq columns"]:
     """The same of columns, in the same order: the Khatri–Rao product."""
     return (a[:, None] * b[None]).flatten(0, 1)
-
-
-class _ByFactors(torch.autograd.Function):
-    """y = x·Wᵀ + b + s·(x·Vᵀ)·Uᵀ.
-
-    Backward, with h = x·Vᵀ and dh = s·dy·U:   dx = dy·W + dh·V,  dU = s·dyᵀ·h,  dV = dhᵀ·x,  db = Σ dy;  the gradient
-    of a matrix is that of U or V, weighted by its partner and summed over the partner's index.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: FrozenWeight,
-        bias: Tensor | None,
-        scale: float,
-        w1_a: Tensor,
-        w1_b: Tensor,
-        w2_a: Tensor,
-        w2_b: Tensor,
-    ) -> Tensor:
-        h = x @ column_products(w1_b, w2_b).to(x.dtype).T  # (tokens, rank²)
-        ctx.save_for_backward(x, h, w1_a, w1_b, w2_a, w2_b)
-        ctx.weight, ctx.scale = weight, scale
-        return weight.matmul(x, bias).addmm_(h, row_products(w1_a, w2_a).to(x.dtype).T, alpha=scale)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, h, w1_a, w1_b, w2_a, w2_b = ctx.saved_tensors
-        wants_x, _, wants_bias, *_ = ctx.needs_input_grad
-        dh = (dy @ row_products(w1_a, w2_a).to(dy.dtype)).mul_(ctx.scale)  # (tokens, rank²)
-        dx = None
-        if wants_x:
-            dx = ctx.weight.matmul_transposed(dy).addmm_(dh, column_products(w1_b, w2_b).to(dy.dtype))
-        rank = len(w1_b)
-        dU = (dy.T @ h).mul_(ctx.scale).to(w1_a.dtype).view(-1, rank, rank)  # (out, rank, rank)
-        dV = (dh.T @ x).to(w1_b.dtype).view(rank, rank, -1)  # (rank, rank, in)
-        return (
-            dx,
-            None,
-            dy.sum(0) if wants_bias else None,
-            None,
-            torch.einsum("opq,oq->op", dU, w2_a),
-            torch.einsum("pqi,qi->pi", dV, w2_b),
-            torch.einsum("opq,op->oq", dU, w1_a),
-            torch.einsum("pqi,pi->qi", dV, w1_b),
-        )

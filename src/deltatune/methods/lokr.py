@@ -62,10 +62,8 @@ class LoKr(WeightDelta):
     __pydantic_config__ = CONFIG
 
     def __post_init__(self) -> None:
-        for rank in (self.rank, *self.rank_pattern.values()):
-            at_least_one("lokr", rank=rank)
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            positive("lokr", alpha=alpha)
+        at_least_one("lokr", rank=(self.rank, *self.rank_pattern.values()))
+        positive("lokr", alpha=(self.alpha, *self.alpha_pattern.values()))
         if self.decompose_factor != -1 and self.decompose_factor < 1:
             raise UserError(
                 f"lokr: decompose_factor must be -1 or at least 1, not {self.decompose_factor}",

@@ -76,10 +76,8 @@ class LoRA(WeightDelta):
     __pydantic_config__ = CONFIG
 
     def __post_init__(self) -> None:
-        for rank in (self.rank, *self.rank_pattern.values()):
-            at_least_one("lora", rank=rank)
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            positive("lora", alpha=alpha)
+        at_least_one("lora", rank=(self.rank, *self.rank_pattern.values()))
+        positive("lora", alpha=(self.alpha, *self.alpha_pattern.values()))
         share("lora", dropout=self.dropout)
         positive("lora", lr_ratio=self.lr_ratio)
         for rank in (self.rank, *self.rank_pattern.values()):

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from deltatune.errors import UserError
 from deltatune.methods.contract import CONFIG, Site, Targets, WeightDelta
-from deltatune.methods.entries import random_places, through_entries, with_entries
+from deltatune.methods.entries import random_places, with_entries
+from deltatune.methods.through import through_entries
 from deltatune.methods.values import at_least_one
 from deltatune.weights import FrozenWeight
 

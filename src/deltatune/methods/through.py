@@ -1,24 +1,28 @@
-"""y = x·(W + ΔW)ᵀ + b where ΔW has to be made whole: nothing of its size is kept from forward to backward."""
+"""y = x·W'ᵀ + b where W' has to be made whole: nothing of its size is kept from forward to backward.
+
+W' is W plus a whole ΔW, or W with something added to some of its entries alone. Both are one product with W', which in
+16 bits loses no more of a small update than a sum of two products does: the output is rounded either way.
+"""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from deltatune.weights import FrozenWeight
 
-Update = Callable[..., Tensor]
-"""Makes ΔW (out, in) from the trained parameters; differentiable."""
+Make = Callable[..., Tensor]
+"""Makes ΔW (out, in), or what is added to the entries (entries,), from the trained parameters; differentiable."""
 
 
 def through_update(
     x: Float[Tensor, "tokens in"],
     weight: FrozenWeight,
     bias: Float[Tensor, " out"] | None,
-    update: Update,
+    update: Make,
     *parameters: Tensor,
     dropped: Float[Tensor, "tokens in"] | None = None,
 ) -> Float[Tensor, "tokens out"]:
@@ -26,14 +30,30 @@ def through_update(
 
     Kept for backward: the update's input and the parameters; ΔW is made again there.
     """
-    y: Tensor = _Through.apply(x, dropped, weight, bias, update, *parameters)  # type: ignore[no-untyped-call]
+    y: Tensor = _Through.apply(x, dropped, weight, bias, update, None, *parameters)  # type: ignore[no-untyped-call]
+    return y
+
+
+def through_entries(
+    x: Float[Tensor, "tokens in"],
+    weight: FrozenWeight,
+    bias: Float[Tensor, " out"] | None,
+    places: Int[Tensor, " entries"],
+    values: Make,
+    *parameters: Tensor,
+) -> Float[Tensor, "tokens out"]:
+    """x·W'ᵀ + bias, where W' is W with values(*parameters) added at `places` (row·in + column, each one once).
+
+    Kept for backward: x and the parameters; W' is made again there.
+    """
+    y: Tensor = _Through.apply(x, None, weight, bias, values, places, *parameters)  # type: ignore[no-untyped-call]
     return y
 
 
 class _Through(torch.autograd.Function):
-    """Backward, with z = x or the dropped x:   dz = dy·ΔW,  dx = dy·W (+ dz),  dΔW = dyᵀ·z,  db = Σ dy.
+    """Backward:   dx = dy·W',  dW' = dyᵀ·x (at the places),  db = Σ dy,  and the parameters' gradients through `make`.
 
-    The parameters' gradients come through `update`.
+    With z, the dropped x, given for the update:   dx = dy·W,  dz = dy·ΔW,  dΔW = dyᵀ·z.
     """
 
     @staticmethod
@@ -43,35 +63,44 @@ class _Through(torch.autograd.Function):
         z: Tensor | None,
         weight: FrozenWeight,
         bias: Tensor | None,
-        update: Update,
+        make: Make,
+        places: Tensor | None,
         *parameters: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x if z is None else z, *parameters)
-        ctx.weight, ctx.update, ctx.dropped = weight, update, z is not None
-        delta = update(*parameters)
+        ctx.weight, ctx.make, ctx.places, ctx.dropped = weight, make, places, z is not None
+        made = make(*parameters)
         if z is None:
-            return F.linear(x, _sum(weight, delta, x.dtype), None if bias is None else bias.to(x.dtype))
-        return weight.matmul(x, bias).addmm_(z, delta.to(x.dtype).T)
+            return F.linear(x, _changed(weight, made, places, x.dtype), None if bias is None else bias.to(x.dtype))
+        return weight.matmul(x, bias).addmm_(z, made.to(x.dtype).T)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         z, *parameters = ctx.saved_tensors
-        wants_x, wants_z, _, wants_bias, _, *wants = ctx.needs_input_grad
+        wants_x, wants_z, _, wants_bias, _, _, *wants = ctx.needs_input_grad
         with torch.enable_grad():
             parameters = [p.detach().requires_grad_(want) for p, want in zip(parameters, wants, strict=True)]
-            made = ctx.update(*parameters)
-        delta = made.detach()
+            made = ctx.make(*parameters)
         dx = dz = None
-        if wants_x:
-            dx = ctx.weight.matmul_transposed(dy) if ctx.dropped else dy @ _sum(ctx.weight, delta, dy.dtype)
+        if wants_x and ctx.dropped:
+            dx = ctx.weight.matmul_transposed(dy)
+        elif wants_x:
+            dx = dy @ _changed(ctx.weight, made.detach(), ctx.places, dy.dtype)
         if wants_z:
-            dz = dy @ delta.to(dy.dtype)
+            dz = dy @ made.detach().to(dy.dtype)
         bias = dy.sum(0) if wants_bias else None
         wanted = [p for p in parameters if p.requires_grad]
-        found = iter(torch.autograd.grad(made, wanted, (dy.T @ z).to(made.dtype))) if wanted else iter(())
-        return dx, dz, None, bias, None, *(next(found) if want else None for want in wants)
+        gradient = dy.T @ z  # the whole of it, even for a few entries: to gather rows for each takes longer
+        gradient = gradient if ctx.places is None else gradient.take(ctx.places)
+        found = iter(torch.autograd.grad(made, wanted, gradient.to(made.dtype)) if wanted else ())
+        return dx, dz, None, bias, None, None, *(next(found) if want else None for want in wants)
 
 
-def _sum(weight: FrozenWeight, delta: Float[Tensor, "out in"], dtype: torch.dtype) -> Float[Tensor, "out in"]:
-    """W + ΔW, added before it is rounded to 16 bits; that loses no more than rounding two products would."""
-    return (weight.dense() + delta).to(dtype)
+def _changed(
+    weight: FrozenWeight, made: Tensor, places: Int[Tensor, " entries"] | None, dtype: torch.dtype
+) -> Float[Tensor, "out in"]:
+    """W' in the given type, in the layout of W; the sums are rounded once."""
+    dense = weight.dense()
+    if places is None:
+        return (dense + made).to(dtype)
+    return dense.to(dtype, copy=True).put_(places, (dense.take(places) + made).to(dtype))

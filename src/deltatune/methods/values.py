@@ -1,25 +1,30 @@
 """What several methods ask of their hyperparameters, with errors that name the method and the value."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from deltatune.errors import UserError
 from deltatune.methods.contract import Site
 
 
-def at_least_one(method: str, **values: int) -> None:
-    """Raises `UserError` for a count below 1."""
-    for name, value in values.items():
-        if value < 1:
-            raise UserError(f"{method}: {name} must be at least 1, not {value}")
+def at_least_one(method: str, **values: int | Iterable[int]) -> None:
+    """Raises `UserError` for a count below 1; several of one name, such as those of a pattern, are given together."""
+    for name, given in values.items():
+        for value in given if isinstance(given, Iterable) else (given,):
+            if value < 1:
+                raise UserError(f"{method}: {name} must be at least 1, not {value}")
 
 
-def positive(method: str, **values: float | None) -> None:
-    """Raises `UserError` for a number that is not finite or not above 0; None stands for one that is left out."""
-    for name, value in values.items():
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise UserError(f"{method}: {name} must be a positive number, not {value}")
+def positive(method: str, **values: float | Iterable[float | None] | None) -> None:
+    """Raises `UserError` for a number that is not finite or not above 0; None stands for one that is left out.
+
+    Several of one name are given together.
+    """
+    for name, given in values.items():
+        for value in given if isinstance(given, Iterable) else (given,):
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UserError(f"{method}: {name} must be a positive number, not {value}")
 
 
 def share(method: str, **values: float) -> None:

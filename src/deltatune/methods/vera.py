@@ -170,8 +170,7 @@ class _Scaled(torch.autograd.Function):
     """y = x·Wᵀ + b + h·Sᵀ with h = z·Aᵀ and S = diag(λ_b)·B·diag(λ_d), for z the dropped input, or None where it is x.
 
     Both vectors' gradients come from one product, P = B ⊙ (dyᵀ·h):   dλ_b = P·λ_d,  dλ_d = Pᵀ·λ_b. So x is not kept.
-    dx = dy·W + (dy·S)·A, or dy·(W + S·A): by whichever takes fewer operations. In 16 bits W + S·A loses what is small
-    beside W; a gradient can bear that, the output could not.
+    dx = dy·W + (dy·S)·A, or dy·(W + S·A): by whichever takes fewer operations.
     """
 
     @staticmethod

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from deltatune.errors import UserError, nearest
 from deltatune.methods.contract import CONFIG, Site, Targets, WeightDelta
-from deltatune.methods.entries import count_fits, random_places, through_entries, with_entries
-from deltatune.methods.through import through_update
+from deltatune.methods.entries import count_fits, random_places, with_entries
+from deltatune.methods.through import through_entries, through_update
 from deltatune.methods.values import at_least_one, positive, refuse_unsupported
 from deltatune.weights import FrozenWeight
 
@@ -65,8 +65,7 @@ class WaveFT(WeightDelta):
     __pydantic_config__ = CONFIG
 
     def __post_init__(self) -> None:
-        for coefficients in (self.coefficients, *self.coefficients_pattern.values()):
-            at_least_one("waveft", coefficients=coefficients)
+        at_least_one("waveft", coefficients=(self.coefficients, *self.coefficients_pattern.values()))
         positive("waveft", scaling=self.scaling)
         if self.wavelet not in _wavelets():
             close = ", ".join(nearest(self.wavelet, _wavelets()))

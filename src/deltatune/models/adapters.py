@@ -118,16 +118,16 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     What is shared over the model has a name that starts with `base_model.`, as PEFT has it.
     """
-    done = cast(Attachment, attachment(model))
+    done, layers = cast(Attachment, attachment(model)), adapted_layers(model)
     tensors: dict[str, Tensor] = {}
     for path, method in done.modules.items():
-        layer = adapted_layers(model)[path]
+        layer = layers[path]
         stored = method.stored(layer.site, cast(nn.Module, layer.delta))
         tensors |= {f"{path}.{suffix}": tensor for suffix, tensor in stored.items()}
     if isinstance(done.method, WeightDelta) and done.shared is not None:
         stored = done.method.stored_shared(done.shared)
         tensors |= {f"{_SHARED}{suffix}": tensor for suffix, tensor in stored.items()}
-    deltas = {id(p) for layer in adapted_layers(model).values() for p in layer.deltas.parameters()}
+    deltas = {id(p) for layer in layers.values() for p in layer.deltas.parameters()}
     return tensors | {n: p for n, p in trainable_parameters(model).items() if id(p) not in deltas}
 
 
@@ -172,13 +172,13 @@ def load_adapter(model: nn.Module, saved: SavedAdapter | Path | str, *, name: st
     try:
         _check_base(saved, model)
         _check(saved, wanted)
+        _fill(model, saved, wanted)
     except UserError:
         if isinstance(saved.method, WeightDelta):
             detach(model, name)
         if before is not None:
             activate(model, before.name)
         raise
-    _fill(model, saved, wanted)
     return model.eval()
 
 
@@ -225,6 +225,11 @@ def _check(saved: SavedAdapter, wanted: Mapping[str, Tensor]) -> None:
             raise UserError(
                 f"{saved.folder}: {name} has shape {[*saved.tensors[name].shape]}, the base needs {[*tensor.shape]}",
                 "it was made for another base or another number of labels",
+            )
+        if tensor.is_floating_point() and not saved.tensors[name].is_floating_point():
+            raise UserError(
+                f"{saved.folder}: {name} holds whole numbers of type {saved.tensors[name].dtype}, not fractions",
+                "it is damaged, or of a kind that is not read here",
             )
 
 
@@ -301,7 +306,8 @@ def _peft_config(model: nn.Module, done: Attachment, base: str, revision: str) -
         "modules_to_save": list(done.head) or None,
     }
     if isinstance(done.method, WeightDelta):
-        layers = {path: adapted_layers(model)[path] for path in done.modules}
+        every = adapted_layers(model)
+        layers = {path: every[path] for path in done.modules}
         modules = {path: method.portable() for path, method in done.modules.items()}
         deltas = {path: cast(nn.Module, layer.delta) for path, layer in layers.items()}
         config |= done.method.portable().to_peft(modules, deltas)
