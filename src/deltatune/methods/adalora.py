@@ -269,8 +269,7 @@ class AdaLoRADelta(nn.Module):
     ) -> Float[Tensor, "tokens out"]:
         """The same output from two thin products, the weight left alone."""
         z = dropout(x, self.dropout) if self.training and self.dropout > 0 else None
-        scaled = (self.Lambda[:, None] * self.A).to(x.dtype)
-        return low_rank(x, z, weight, bias, scaled, self.B.to(x.dtype), self.scale)
+        return low_rank(x, z, weight, bias, self.Lambda[:, None] * self.A, self.B, self.scale)
 
     def observe(self, beta1: float, beta2: float) -> None:
         """Takes the sensitivities |p·∂L/∂p| of this step into the smoothed ones."""

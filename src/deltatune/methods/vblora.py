@@ -141,10 +141,9 @@ class VBLoRA(WeightDelta):
         tensors: dict[str, Tensor] = {}
         for name in _LOGITS:
             highest, chosen = getattr(delta, name).detach().topk(self.topk)
-            weights = highest.softmax(-1)[
-                ..., :-1
-            ].contiguous()  # the last is what they leave of 1, of which PEFT takes
-            weights[..., :1] -= 2 * (weights.sum(-1, keepdim=True) - 1).clamp_min(0)  # the logarithm: never below 0
+            weights = highest.softmax(-1)[..., :-1].contiguous()
+            # The last one is what they leave of 1. PEFT takes its logarithm, so that must not fall below 0.
+            weights[..., :1] -= 2 * (weights.sum(-1, keepdim=True) - 1).clamp_min(0)
             tensors[f"vblora_{name}_topk_indices"] = chosen.to(self._index_type)
             tensors[f"vblora_{name}_topk_weights"] = weights
         return tensors
@@ -238,8 +237,8 @@ class VBLoRADelta(nn.Module):
         self, x: Float[Tensor, "tokens in"], weight: FrozenWeight, bias: Float[Tensor, " out"] | None
     ) -> Float[Tensor, "tokens out"]:
         """The same output from two thin products, the weight left alone."""
-        A = self._mixes(self.logits_A).flatten(1).to(x.dtype)
-        B = self._mixes(self.logits_B).transpose(1, 2).flatten(0, 1).to(x.dtype)
+        A = self._mixes(self.logits_A).flatten(1)
+        B = self._mixes(self.logits_B).transpose(1, 2).flatten(0, 1)
         z = dropout(x, self.dropout) if self.training and self.dropout > 0 else None
         return low_rank(x, z, weight, bias, A, B, 1.0)
 
