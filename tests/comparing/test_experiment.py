@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from deltatune import Training
 from deltatune.comparing.experiment import make_experiment, read_experiment
 from deltatune.errors import UserError
 
@@ -81,6 +82,12 @@ def test_flags_take_the_place_of_what_a_file_says_key_by_key(tmp_path):
     assert (changed.base, [method.label for method in changed.methods]) == ("b", ["full"])
     assert (changed.data.name, changed.data.train, changed.data.label) == ("d", 9, "stars")
     assert (changed.training.epochs, changed.training.warmup) == (1, 0)
+
+
+def test_a_limit_alone_is_one_of_the_default_data():
+    changed = read_experiment(None, {"data": {"train": 5}, "training": {"epochs": 1}})
+    assert (changed.data.name, changed.data.train, changed.data.test) == ("rotten-tomatoes", 5, None)
+    assert (changed.training.epochs, changed.training.warmup) == (1, Training().warmup)
 
 
 def test_a_plain_data_name_keeps_it_when_a_flag_adds_a_column(tmp_path):

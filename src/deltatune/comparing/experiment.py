@@ -156,9 +156,9 @@ def read_experiment(path: Path | str | None, changes: Mapping[str, Any] | None =
 
     In `data` and `training` single keys are changed. Raises `UserError` that names a wrong key or value.
     """
-    content = _read_yaml(Path(path)) if path else {}
+    content, defaults = _read_yaml(Path(path)) if path else {}, Experiment().model_dump(mode="json")
     for key, value in (changes or {}).items():
-        old = content.get(key)
+        old = content.get(key, defaults.get(key))
         if isinstance(value, Mapping) and isinstance(old, str):
             old = {"name": old}
         content[key] = {**old, **value} if isinstance(value, Mapping) and isinstance(old, Mapping) else value
