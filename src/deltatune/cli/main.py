@@ -4,7 +4,6 @@ import logging
 import os
 import signal
 import sys
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -28,6 +27,8 @@ for module in (compare, tune, evaluate, predict, merge, methods):
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         print(f"deltatune {version('deltatune')}")
         raise typer.Exit
 
