@@ -91,7 +91,7 @@ def test_unmerging_restores_the_bits_of_the_base(method: WeightDelta, storage: s
 @on_every_storage
 def test_a_disabled_delta_is_the_base_bit_for_bit(method: WeightDelta, storage: str) -> None:
     layer = shaken(adapted(method, storage)).eval()
-    layer.enabled = False
+    layer.active = None
     x = inputs(layer, 2, 5)
     assert torch.equal(layer(x), layer.base(x))
 

@@ -53,7 +53,8 @@ def test_an_adapter_that_peft_made_gives_its_logits_here(
 def test_the_random_matrices_are_peft_s_bit_for_bit() -> None:
     theirs = peft_model("bert", ["query", "output.dense"], projection_prng_key=7).base_model
     method = VeRA(rank=16, projection_seed=7, targets=("query", r".*output\.dense"))
-    ours = attachment(deltatune.attach(tiny_model("bert"), method, seed=99)).shared
+    [part] = attachment(deltatune.attach(tiny_model("bert"), method, seed=99)).parts
+    ours = part.shared
     assert torch.equal(ours.A, theirs.vera_A["default"])
     assert torch.equal(ours.B, theirs.vera_B["default"])
 
@@ -71,7 +72,8 @@ def test_the_random_matrices_are_left_out_of_the_file_only_on_request(tmp_path: 
 
 def test_every_layer_scales_the_first_rows_and_columns_of_one_frozen_pair() -> None:
     model = deltatune.attach(tiny_model("bert"), VeRA(rank=16))
-    shared = attachment(model).shared
+    [part] = attachment(model).parts
+    shared = part.shared
     assert (shared.A.shape, shared.B.shape) == ((16, 64), (64, 16))
     assert not list(shared.parameters())
     for layer in adapted_layers(model).values():

@@ -50,7 +50,7 @@ def test_a_bert_without_pooler_gets_a_new_one_that_trains(tmp_path: Path) -> Non
 def test_an_outline_has_shapes_and_no_weights() -> None:
     model = outline(find_base("minilm"), labels=("a", "b"))
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    assert deltatune.attachment(deltatune.attach(model, deltatune.LoRA())).matched.paths
+    assert deltatune.attachment(deltatune.attach(model, deltatune.LoRA())).modules
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def _check_methods(experiment: Experiment, place: Place, data: TextData) -> dict
             attach(model, choice.make())
         except UserError as error:
             raise UserError(f"{choice.label}: {error.message}", error.hint) from error
-        matched[choice.label] = str(model.attachment.matched) or f"{choice.method}: selects parameters of the base"
+        matched[choice.label] = "\n".join(map(str, model.attachment.parts))
     return matched
 
 

@@ -1,7 +1,19 @@
 """What is trained: one file per method, and the contract they share."""
 
 from deltatune.methods.adalora import AdaLoRA
-from deltatune.methods.contract import Delta, EmbeddingDelta, Method, Observer, Selection, Site, Targets, WeightDelta
+from deltatune.methods.contract import (
+    BlockInsert,
+    Delta,
+    EmbeddingDelta,
+    Insert,
+    Method,
+    Observer,
+    OverLayers,
+    Selection,
+    Site,
+    Targets,
+    WeightDelta,
+)
 from deltatune.methods.dora import DoRA
 from deltatune.methods.fourierft import FourierFT
 from deltatune.methods.full import Full
@@ -24,6 +36,7 @@ __all__ = [
     "METHODS",
     "OFT",
     "AdaLoRA",
+    "BlockInsert",
     "Delta",
     "DoRA",
     "EmbeddingDelta",
@@ -31,12 +44,14 @@ __all__ = [
     "Full",
     "Head",
     "HiRA",
+    "Insert",
     "LoHa",
     "LoKr",
     "LoRA",
     "Method",
     "MiSS",
     "Observer",
+    "OverLayers",
     "SHiRA",
     "Selection",
     "Site",

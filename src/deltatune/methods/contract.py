@@ -1,8 +1,9 @@
 """What a method is: a frozen dataclass of hyperparameters that can say, without any weights, what it adds and costs.
 
-Two kinds stand here, each a small Protocol. A method fills one of them in one file of its own; registering it
-(see `registry.py`) makes it appear on the command line, in comparisons, in the docs and in the conformance tests.
-A method derives from its Protocol for the parts that most methods do not need: those have a default here.
+Its kind is a small Protocol: a weight delta and a block insert stand over layers (`OverLayers`), a selection adds
+nothing. A method fills one of them in one file of its own; registering it (see `registry.py`) makes it appear on the
+command line, in comparisons, in the docs and in the conformance tests. A method derives from its Protocol for the parts
+that most methods do not need: those have a default here.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from deltatune.weights import FrozenWeight
 
-Kind = Literal["weight delta", "selection"]
+Kind = Literal["weight delta", "block insert", "selection"]
 
 Targets = str | tuple[str, ...]
 """Which layers a method adapts: aliases, module names or regular expressions; one, or several."""
@@ -90,6 +91,16 @@ class EmbeddingDelta(Protocol):
 
 
 @runtime_checkable
+class Insert(Protocol):
+    """The trained module after or beside a sub-layer, over the frozen linear layer that ends it."""
+
+    def __call__(
+        self, x: Float[Tensor, "tokens in"], weight: FrozenWeight, bias: Float[Tensor, " out"] | None
+    ) -> Float[Tensor, "tokens out"]:
+        """The sub-layer's output with what is inserted; x is the input of the layer that ends it."""
+
+
+@runtime_checkable
 class Observer(Protocol):
     """Looks at what happens at one site while the base runs on some examples, before training begins."""
 
@@ -105,10 +116,9 @@ class Observer(Protocol):
 
 
 @runtime_checkable
-class WeightDelta(Method, Protocol):
-    """A method that adds a module over each frozen weight it targets."""
+class OverLayers(Method, Protocol):
+    """A method that adds a module over each layer it targets: what weight deltas and block inserts have in common."""
 
-    kind: ClassVar[Kind] = "weight delta"
     targets: Targets
     suffixes: ClassVar[Mapping[str, str]]
     """Key suffix in adapter files → attribute of the delta module that is saved under it."""
@@ -155,7 +165,7 @@ class WeightDelta(Method, Protocol):
     def delta(
         self, site: Site, weight: FrozenWeight, shared: nn.Module | None, generator: torch.Generator
     ) -> nn.Module:
-        """A fresh module for one site; it fulfils `Delta`, or `EmbeddingDelta` over an embedding."""
+        """A fresh module for one site."""
 
     # What it takes from examples before it trains.
 
@@ -163,7 +173,7 @@ class WeightDelta(Method, Protocol):
         """What is to see the examples at this site; None where the method begins without any."""
         return None
 
-    def informed(self, modules: Mapping[str, "WeightDelta"], observers: Mapping[str, Observer]) -> "WeightDelta":
+    def informed(self, modules: Mapping[str, "OverLayers"], observers: Mapping[str, Observer]) -> "OverLayers":
         """The method with the hyperparameters that the examples suggest; `modules` has those of each path so far."""
         return self
 
@@ -208,7 +218,7 @@ class WeightDelta(Method, Protocol):
         for suffix, tensor in tensors.items():
             getattr(delta, self.suffixes[suffix]).copy_(tensor)
 
-    def portable(self) -> "WeightDelta":
+    def portable(self) -> "OverLayers":
         """The method that an adapter file of this one describes, where that is another."""
         return self
 
@@ -221,8 +231,21 @@ class WeightDelta(Method, Protocol):
         return bool(config.get("peft_type") == cls.peft_type)
 
     @classmethod
-    def from_peft(cls, config: Mapping[str, Any]) -> "WeightDelta":
+    def from_peft(cls, config: Mapping[str, Any]) -> "OverLayers":
         """The method that an adapter_config.json describes; raises `UserError` on what we cannot honour."""
+
+
+class WeightDelta(OverLayers, Protocol):
+    """A method whose modules change a frozen weight: each fulfils `Delta`, or `EmbeddingDelta` over an embedding."""
+
+    kind: ClassVar[Kind] = "weight delta"
+
+
+class BlockInsert(OverLayers, Protocol):
+    """A method whose modules act on what a sub-layer gives, found by the layer that ends it: each fulfils `Insert`."""
+
+    kind: ClassVar[Kind] = "block insert"
+    unmergeable: ClassVar[str] = "it is not linear in the layer's input, so no weight gives the same output"
 
 
 @runtime_checkable

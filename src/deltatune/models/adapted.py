@@ -13,7 +13,7 @@ from deltatune.weights import FrozenWeight, weight_of
 class Adapted(nn.Module):
     """The frozen `base` layer and its `deltas` by the name of their adapter, of which one is active.
 
-    With `active = None`, a name that has no delta here, or `enabled = False` it gives the base's own output.
+    With `active = None`, or a name that has no delta here, it gives the base's own output.
     """
 
     def __init__(self, base: nn.Module, site: Site) -> None:
@@ -22,7 +22,6 @@ class Adapted(nn.Module):
         self.site = site
         self.deltas = nn.ModuleDict()
         self.active: str | None = None
-        self.enabled = True
         self._before_merge: tuple[Tensor, Tensor | None] | None = None
 
     def add(self, name: str, delta: nn.Module) -> None:
@@ -52,7 +51,7 @@ class Adapted(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The bias that the output has: the active delta's where it trains one, else the base's."""
-        own = getattr(self.delta, "bias", None) if self.enabled else None
+        own = getattr(self.delta, "bias", None)
         return own if isinstance(own, nn.Parameter) else cast(Tensor | None, getattr(self.base, "bias", None))
 
     @property
@@ -92,13 +91,12 @@ class Adapted(nn.Module):
 
     @property
     def _plain(self) -> bool:
-        return self.merged or not self.enabled or self.delta is None
+        return self.merged or self.delta is None
 
     def extra_repr(self) -> str:
         """The states that change the output, when they are not the usual ones."""
         words = (
             ("merged", self.merged),
-            ("disabled", not self.enabled),
             (f"active={self.active}", len(self.deltas) > 1),
         )
         return ", ".join(word for word, holds in words if holds)

@@ -17,23 +17,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from deltatune.errors import UserError
 from deltatune.files import new_folder, read_json, sha256, write_json
-from deltatune.methods import METHODS, Method, WeightDelta, make, options_of
+from deltatune.methods import METHODS, Method, OverLayers, make, options_of
 from deltatune.models.adapted import base_parameters
 from deltatune.models.attach import (
     Attachment,
     activate,
-    adapted_layers,
     attach,
     attachment,
     detach,
-    trainable_parameters,
 )
-from deltatune.models.roles import embedding_roles, linear_roles
-from deltatune.models.targets import ending
+from deltatune.models.targets import below, ending
 
 CONFIG, TENSORS, ABOUT = "adapter_config.json", "adapter_model.safetensors", "deltatune.json"
 _SHARED = "base_model."
@@ -72,7 +68,7 @@ class SavedAdapter:
     @property
     def delta_keys(self) -> dict[str, tuple[str, str]]:
         """Each key that belongs to a delta → its module path and its suffix."""
-        if not isinstance(self.method, WeightDelta):
+        if not isinstance(self.method, OverLayers):
             return {}
         return {
             key: (key.removesuffix(f".{suffix}"), suffix)
@@ -96,7 +92,7 @@ def save_adapter(model: nn.Module, folder: Path | str, *, base: str = "", revisi
             raise UserError(
                 f"the adapter was not saved: {name} has values that are not finite", "lower the learning rate"
             )
-    portable = done.method.portable() if isinstance(done.method, WeightDelta) else done.method
+    portable = done.method.portable() if isinstance(done.method, OverLayers) else done.method
     with new_folder(Path(folder)) as new:
         save_file(tensors, new / TENSORS, metadata={"format": "pt"})
         write_json(new / CONFIG, _peft_config(model, done, base, revision))
@@ -118,17 +114,9 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
     What is shared over the model has a name that starts with `base_model.`, as PEFT has it.
     """
-    done, layers = cast(Attachment, attachment(model)), adapted_layers(model)
-    tensors: dict[str, Tensor] = {}
-    for path, method in done.modules.items():
-        layer = layers[path]
-        stored = method.stored(layer.site, cast(nn.Module, layer.delta))
-        tensors |= {f"{path}.{suffix}": tensor for suffix, tensor in stored.items()}
-    if isinstance(done.method, WeightDelta) and done.shared is not None:
-        stored = done.method.stored_shared(done.shared)
-        tensors |= {f"{_SHARED}{suffix}": tensor for suffix, tensor in stored.items()}
-    deltas = {id(p) for layer in layers.values() for p in layer.deltas.parameters()}
-    return tensors | {n: p for n, p in trainable_parameters(model).items() if id(p) not in deltas}
+    done = cast(Attachment, attachment(model))
+    stored = {key: tensor for part in done.parts for key, tensor in part.stored().items()}
+    return stored | {name: p for name, p in base_parameters(model).items() if below(name, done.head)}
 
 
 def read_adapter(folder: Path | str) -> SavedAdapter:
@@ -174,7 +162,7 @@ def load_adapter(model: nn.Module, saved: SavedAdapter | Path | str, *, name: st
         _check(saved, wanted)
         _fill(model, saved, wanted)
     except UserError:
-        if isinstance(saved.method, WeightDelta):
+        if not cast(Attachment, attachment(model)).trains_base:
             detach(model, name)
         if before is not None:
             activate(model, before.name)
@@ -185,14 +173,13 @@ def load_adapter(model: nn.Module, saved: SavedAdapter | Path | str, *, name: st
 @torch.no_grad()
 def _fill(model: nn.Module, saved: SavedAdapter, wanted: Mapping[str, Tensor]) -> None:
     """Puts the saved tensors, whose names and shapes fit, where they belong."""
-    layers, done = adapted_layers(model), cast(Attachment, attachment(model))
-    of_path: dict[str, dict[str, Tensor]] = {}
-    for key, (path, suffix) in saved.delta_keys.items():
-        of_path.setdefault(path, {})[suffix] = saved.tensors[key]
-    for path, tensors in of_path.items():
-        done.modules[path].restore(cast(nn.Module, layers[path].delta), tensors)
-    for key in wanted.keys() - saved.delta_keys.keys():
-        wanted[key].copy_(saved.tensors[key])
+    left = dict(wanted)
+    for part in cast(Attachment, attachment(model)).parts:
+        keys = part.stored().keys()
+        part.restore({key: saved.tensors[key] for key in keys})
+        left = {key: tensor for key, tensor in left.items() if key not in keys}
+    for key, tensor in left.items():  # the head
+        tensor.copy_(saved.tensors[key])
 
 
 def _check_base(saved: SavedAdapter, model: nn.Module) -> None:
@@ -268,8 +255,8 @@ def _key(name: str) -> str:
 
 def _method(config: Mapping[str, Any]) -> Method:
     for kind in METHODS.values():
-        if kind.kind == "weight delta" and cast(type[WeightDelta], kind).reads(config):
-            return cast(type[WeightDelta], kind).from_peft(config)
+        if kind.kind != "selection" and cast(type[OverLayers], kind).reads(config):
+            return cast(type[OverLayers], kind).from_peft(config)
     known = ", ".join(kind.peft_type for kind in METHODS.values())
     raise UserError(f"adapters of type {config.get('peft_type')!r} are not supported", f"known: {known}")
 
@@ -285,7 +272,7 @@ def _on_saved_layers(saved: SavedAdapter) -> Method:
             for entry, value in getattr(saved.method, field).items()
             if any(ending(entry).fullmatch(path) for path in paths)
         }
-        for field in cast(WeightDelta, saved.method).patterns
+        for field in cast(OverLayers, saved.method).patterns
     }
     return replace(saved.method, targets=paths, **patterns)  # type: ignore[type-var]
 
@@ -305,22 +292,6 @@ def _peft_config(model: nn.Module, done: Attachment, base: str, revision: str) -
         "inference_mode": True,
         "modules_to_save": list(done.head) or None,
     }
-    if isinstance(done.method, WeightDelta):
-        every = adapted_layers(model)
-        layers = {path: every[path] for path in done.modules}
-        modules = {path: method.portable() for path, method in done.modules.items()}
-        deltas = {path: cast(nn.Module, layer.delta) for path, layer in layers.items()}
-        config |= done.method.portable().to_peft(modules, deltas)
-        config["target_modules"] = _short_names(model, list(layers))
-        linear = [layer.base for layer in layers.values() if not layer.site.embedding]
-        if linear and all(isinstance(layer, Conv1D) for layer in linear):
-            config["fan_in_fan_out"] = True  # not every config of PEFT's has the field
+    for part in done.parts:
+        config |= part.to_peft(model)
     return dict(sorted(config.items()))
-
-
-def _short_names(model: nn.Module, paths: list[str]) -> list[str]:
-    """The ends of the paths where these name no other layer, else the whole paths."""
-    every = (*linear_roles(model), *embedding_roles(model))
-    ends = {path.rpartition(".")[2] for path in paths}
-    named = [path for path in every if path.rpartition(".")[2] in ends]
-    return sorted(ends) if set(named) == set(paths) else sorted(paths)

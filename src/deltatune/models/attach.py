@@ -3,11 +3,10 @@
 The model stays an ordinary `nn.Module` of its own class, so any training loop works with it.
 """
 
-import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TypeVar, cast
 
 import torch
@@ -15,21 +14,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltatune.errors import UserError, unknown
-from deltatune.methods import Method, Observer, Selection, Site, WeightDelta
-from deltatune.models.adapted import Adapted, adapt
+from deltatune.methods import Method, OverLayers, Selection
+from deltatune.models.adapted import Adapted
 from deltatune.models.fingerprint import fingerprint
-from deltatune.models.observe import Examples, observe
-from deltatune.models.roles import Role
-from deltatune.models.targets import Matched, adaptable, below, match
-from deltatune.weights import weight_of
+from deltatune.models.layers import Layers, place, put_layers
+from deltatune.models.observe import Examples
+from deltatune.models.part import Part
+from deltatune.models.selected import put_selection
+from deltatune.models.targets import below
 
-log = logging.getLogger("deltatune")
 Model = TypeVar("Model", bound=nn.Module)
 
 _HEAD_NAMES = ("classifier", "score", "classification_head", "pre_classifier")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attachment:
     """What `attach` did under one name; the active one stands on the model as `model.attachment`."""
 
@@ -39,40 +38,21 @@ class Attachment:
     """Paths of the modules that make the head; they train with every method."""
     fingerprint: str
     """Of the base's weights before training, the head left out: an adapter belongs to one base."""
-    matched: Matched = field(default_factory=lambda: Matched({}))
-    modules: Mapping[str, WeightDelta] = field(default_factory=dict)
-    """The method of each adapted layer by path: its own hyperparameters where a pattern gives it some."""
-    shared: nn.Module | None = None
-    """What the method's deltas have in common."""
+    parts: tuple[Part, ...]
+    """What the method, or each of several methods that make one adapter, put on the model."""
     resting_head: dict[str, Tensor] = field(default_factory=dict)
     """The values of this adapter's head while another one is active."""
 
+    @property
+    def modules(self) -> dict[str, OverLayers]:
+        """The method of each adapted layer by path."""
+        over_layers = [part for part in self.parts if isinstance(part, Layers)]
+        return {path: method for part in over_layers for path, method in part.modules.items()}
 
-@dataclass(frozen=True)
-class Placed:
-    """Where a method would stand on a model, found from shapes alone."""
-
-    matched: Matched
-    modules: dict[str, WeightDelta]
-    """The method of each layer by path: its own hyperparameters where a pattern gives it some."""
-    sites: dict[str, Site]
-
-
-def place(model: nn.Module, method: WeightDelta, head: tuple[str, ...]) -> Placed:
-    """Finds the layers that `method` adapts, outside of `head`, and changes nothing.
-
-    Raises `UserError` for targets that match nothing, and for hyperparameters that do not fit a layer, which it names.
-    """
-    roles = adaptable(model, head, embeddings=method.embeddings)
-    matched = match(model, roles, method.targets)
-    modules = _variants(model, method, {path: roles[path] for path in matched.paths})
-    sites = {path: _site(model, path, roles[path]) for path in modules}
-    for path, variant in modules.items():
-        try:
-            variant.check(sites[path])
-        except UserError as error:
-            raise UserError(f"{path}: {error.message}", error.hint) from error
-    return Placed(matched, modules, sites)
+    @property
+    def trains_base(self) -> bool:
+        """Whether it writes to the base's own parameters."""
+        return any(part.trains_base for part in self.parts)
 
 
 def attach(
@@ -92,18 +72,21 @@ def attach(
     Raises `UserError` for targets that match nothing, hyperparameters that do not fit a layer, a name that is taken,
     examples that are wanted and not given, and a method that changes the base's own parameters beside another one.
     """
-    others = attachments(model)
+    others, before = attachments(model), attachment(model)
     _check_name(name, method, others)
     _refuse_merged(model)
     head = find_head(model) if head is None else head
-    if isinstance(method, WeightDelta):
-        done = _attach_deltas(model, method, name, head, torch.Generator().manual_seed(seed), examples)
-    elif isinstance(method, Selection):
-        done = Attachment(name, method, head, fingerprint(model, without=head))
-        for path, parameter in model.named_parameters():
-            parameter.requires_grad_(below(path, head) or method.selects(path))
-    else:
-        raise UserError(f"{method!r} is no method", "use one such as deltatune.LoRA(rank=8)")
+    if others:
+        activate(model, None)  # what is marked and observed is the base, with its own head
+    mark = fingerprint(model, without=head)
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        part = _put(model, method, name, head, generator, examples)
+    except UserError:
+        if before is not None:
+            activate(model, before.name)
+        raise
+    done = Attachment(name, part.method, head, mark, (part,))
     # Plain objects on the model, not parameters or modules.
     model.untrained_head = _copies(_head_parameters(model, head)) | _untrained_head(model)  # type: ignore[assignment]
     model.attachments = {**others, name: done}  # type: ignore[assignment]
@@ -122,7 +105,7 @@ def activate(model: Model, name: str | None) -> Model:
     _refuse_merged(model)
     before, chosen = attachment(model), every.get(name or "")
     if before is not None and chosen is None:
-        _refuse_selection(before)
+        _refuse_trained_base(before)
     if before is not None:
         before.resting_head.update(_copies(_head_parameters(model, before.head)))
     if chosen is not before:
@@ -131,12 +114,15 @@ def activate(model: Model, name: str | None) -> Model:
             for path, value in head.items():
                 model.get_parameter(path).copy_(value)
         model.zero_grad()
-    for layer in adapted_layers(model).values():
-        layer.active = name
-    if chosen is None or isinstance(chosen.method, WeightDelta):
-        own = {id(parameter) for delta in _deltas(model).values() for parameter in delta.parameters()}
-        for path, parameter in model.named_parameters():
-            parameter.requires_grad_(id(parameter) in own or (chosen is not None and below(path, chosen.head)))
+    for done in every.values():
+        for part in done.parts:
+            part.switch(False)
+    own: set[nn.Parameter] = set()
+    for part in chosen.parts if chosen else ():
+        part.switch(True)
+        own.update(part.trained())
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter in own or (chosen is not None and below(path, chosen.head)))
     model.attachment = chosen  # type: ignore[assignment]
     return model
 
@@ -150,15 +136,11 @@ def detach(model: Model, name: str = "default") -> Model:
     if name not in every:
         raise unknown("adapter", name, every)
     _refuse_merged(model)
-    _refuse_selection(every[name])
+    _refuse_trained_base(every[name])
     if attachment(model) is every[name]:
         activate(model, None)
-    del every[name]
-    for path, layer in adapted_layers(model).items():
-        if name in layer.deltas:
-            del layer.deltas[name]
-        if not layer.deltas:
-            model.set_submodule(path, layer.base)
+    for part in every.pop(name).parts:
+        part.remove(model)
     if not every:
         del model.attachment, model.attachments, model.untrained_head
         model.requires_grad_(True)
@@ -183,8 +165,8 @@ def _check_name(name: str, method: Method, others: Mapping[str, Attachment]) -> 
         raise UserError(
             f"an adapter named '{name}' is attached already", "give another name, or delete that one with detach"
         )
-    unlike = [a.method.name for a in others.values() if not isinstance(a.method, WeightDelta)]
-    if unlike or (others and not isinstance(method, WeightDelta)):
+    unlike = [a.method.name for a in others.values() if a.trains_base]
+    if unlike or (others and isinstance(method, Selection)):
         raise UserError(
             f"{[*unlike, method.name][0]} trains the base's own parameters, so nothing can stand beside it",
             "load the base again to attach another",
@@ -196,8 +178,8 @@ def _refuse_merged(model: nn.Module) -> None:
         raise UserError("an adapter is merged into this model", "unmerge it first")
 
 
-def _refuse_selection(done: Attachment) -> None:
-    if not isinstance(done.method, WeightDelta):
+def _refuse_trained_base(done: Attachment) -> None:
+    if done.trains_base:
         raise UserError(f"'{done.name}' trained the base's own parameters", "load the base again to be rid of it")
 
 
@@ -253,19 +235,14 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def learning_rates(model: nn.Module) -> dict[str, float]:
     """The learning rate of each parameter that trains, by name, as a multiple of the run's."""
-    done = attachment(model)
-    factors: dict[int, float] = {}
-    if done is not None and isinstance(done.method, WeightDelta):
-        for path, delta in _deltas(model).items():
-            rates = done.modules[path].rates()
-            factors |= {id(parameter): rates.get(name, 1.0) for name, parameter in delta.named_parameters()}
-    return {name: factors.get(id(parameter), 1.0) for name, parameter in trainable_parameters(model).items()}
+    factors = {parameter: factor for part in _parts(model) for parameter, factor in part.rates().items()}
+    return {name: factors.get(parameter, 1.0) for name, parameter in trainable_parameters(model).items()}
 
 
 def penalty(model: nn.Module) -> Tensor | None:
     """The term that the active method adds to the loss, such as AdaLoRA's; None where it adds none."""
-    done = attachment(model)
-    return done.method.penalty(_deltas(model)) if done and isinstance(done.method, WeightDelta) else None
+    terms = [term for part in _parts(model) if (term := part.penalty()) is not None]
+    return torch.stack(terms).sum() if terms else None
 
 
 def after_step(model: nn.Module, step: int, steps: int) -> None:
@@ -273,15 +250,13 @@ def after_step(model: nn.Module, step: int, steps: int) -> None:
 
     To be called before the gradients are cleared. Most methods need nothing of it; AdaLoRA spends its budget here.
     """
-    done = attachment(model)
-    if done and isinstance(done.method, WeightDelta):
-        done.method.after_step(_deltas(model), step, steps)
+    for part in _parts(model):
+        part.after_step(step, steps)
 
 
 def settled(model: nn.Module, step: int, steps: int) -> bool:
     """Whether what trains has its final form after that step; AdaLoRA's has more than its budget before."""
-    done = attachment(model)
-    return not (done and isinstance(done.method, WeightDelta)) or done.method.settled(step, steps)
+    return all(part.settled(step, steps) for part in _parts(model))
 
 
 @contextmanager
@@ -291,87 +266,35 @@ def disabled(model: nn.Module) -> Iterator[None]:
     Raises `UserError` while an adapter is merged.
     """
     _refuse_merged(model)
-    layers = adapted_layers(model).values()
-    before = [layer.enabled for layer in layers]
-    for layer in layers:
-        layer.enabled = False
+    parts = _parts(model)
+    for part in parts:
+        part.switch(False)
     try:
         yield
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
-            layer.enabled = enabled
+        for part in parts:
+            part.switch(True)
 
 
-def _deltas(model: nn.Module) -> dict[str, nn.Module]:
-    """The active delta of each layer that has one."""
-    return {path: layer.delta for path, layer in adapted_layers(model).items() if layer.delta is not None}
+def _parts(model: nn.Module) -> tuple[Part, ...]:
+    """The parts of the active adapter."""
+    done = attachment(model)
+    return done.parts if done else ()
 
 
-def _attach_deltas(
+def _put(
     model: nn.Module,
-    method: WeightDelta,
+    method: Method,
     name: str,
     head: tuple[str, ...],
     generator: torch.Generator,
     examples: Examples,
-) -> Attachment:
-    placed = place(model, method, head)  # refuses before anything is changed
-    others, before = attachments(model), attachment(model)
-    _refuse_overlap(name, head, placed.modules, others)
-    if others:
-        activate(model, None)  # what is marked and observed is the base, with its own head
-    mark = fingerprint(model, without=head)
-    try:
-        observers = _observed(model, placed, examples)
-        if observers:
-            method = method.informed(placed.modules, observers)
-            placed = place(model, method, head)
-    except UserError:
-        if before is not None:
-            activate(model, before.name)
-        raise
-    shared = method.share(list(placed.sites.values()), generator)
-    for path, variant in placed.modules.items():
-        layer = model.get_submodule(path)
-        layer = layer if isinstance(layer, Adapted) else adapt(layer, placed.sites[path])
-        delta = variant.delta(layer.site, layer.frozen, shared, generator).to(layer.weight.device)
-        if path in observers:
-            variant.begin(delta, observers.pop(path))  # what it saw can be as large as the weight
-        layer.add(name, delta)
-        model.set_submodule(path, layer)
-    for line in str(placed.matched).splitlines():
-        log.info("%s: %s", method.name, line)
-    return Attachment(name, method, head, mark, placed.matched, placed.modules, shared)
-
-
-def _observed(model: nn.Module, placed: Placed, examples: Examples) -> dict[str, Observer]:
-    """The observers of a method, by path, that saw the examples; none where it has none, or the model no weights."""
-    wanted = {path: variant.observer(placed.sites[path]) for path, variant in placed.modules.items()}
-    observers = {path: observer for path, observer in wanted.items() if observer is not None}
-    if not observers or any(parameter.is_meta for parameter in model.parameters()):
-        return {}
-    if not observe(model, observers, examples):
-        raise UserError(
-            f"{next(iter(placed.modules.values())).name} takes its first values from examples here, and there are none",
-            "give some batches: attach(model, method, examples=batches); deltatune.tune does so itself",
-        )
-    return observers
-
-
-def _site(model: nn.Module, path: str, role: Role) -> Site:
-    layer = model.get_submodule(path)
-    if isinstance(layer, Adapted):
-        return layer.site
-    weight = weight_of(layer)
-    has_bias = getattr(layer, "bias", None) is not None
-    return Site(weight.out, weight.in_, path, role, has_bias, isinstance(layer, nn.Embedding))
-
-
-def _variants(model: nn.Module, method: WeightDelta, roles: Mapping[str, Role]) -> dict[str, WeightDelta]:
-    """The method of each path: with the values that its patterns give to it, later entries winning."""
-    changes: dict[str, dict[str, object]] = {path: {} for path in roles}
-    for pattern, hyperparameter in method.patterns.items():
-        for entry, value in getattr(method, pattern).items():
-            for path in match(model, roles, entry).paths:
-                changes[path][hyperparameter] = value
-    return {path: replace(method, **change) for path, change in changes.items()}  # type: ignore[type-var]
+) -> Part:
+    """Puts one method on the model; refuses before anything is changed."""
+    if isinstance(method, OverLayers):
+        placed = place(model, method, head)
+        _refuse_overlap(name, head, placed.modules, attachments(model))
+        return put_layers(model, method, placed, name, head, generator, examples)
+    if isinstance(method, Selection):
+        return put_selection(model, method, head)
+    raise UserError(f"{method!r} is no method", "use one such as deltatune.LoRA(rank=8)")

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deltatune.errors import UserError, unknown
-from deltatune.methods import LoRA, WeightDelta
+from deltatune.methods import LoRA, OverLayers
 from deltatune.methods.values import at_least_one
 from deltatune.models.adapted import Adapted
 from deltatune.models.attach import Attachment, adapted_layers, attach, attachments
@@ -126,7 +126,7 @@ def _adapters(model: nn.Module, weights: Mapping[str, float]) -> list[Attachment
             raise unknown("adapter", name, every)
     adapters = [every[name] for name in weights]
     for each in adapters:
-        method = each.method.portable() if isinstance(each.method, WeightDelta) else each.method
+        method = each.method.portable() if isinstance(each.method, OverLayers) else each.method
         if type(method) is not LoRA:
             raise UserError(
                 f"'{each.name}' is a {each.method.name} adapter, and only LoRA's can be combined",

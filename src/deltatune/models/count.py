@@ -5,9 +5,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from deltatune.errors import UserError
-from deltatune.methods import Method, Selection, WeightDelta, make
-from deltatune.models.attach import find_head, place
+from deltatune.methods import Method, OverLayers, Selection, make
+from deltatune.models.attach import find_head
 from deltatune.models.base import Place, find_base, outline
+from deltatune.models.layers import place
 from deltatune.models.targets import below
 
 
@@ -36,7 +37,7 @@ def count(base: Place, method: Method, labels: Sequence[str]) -> Counted:
     head = find_head(model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     in_head, total = sum(size for name, size in sizes.items() if below(name, head)), sum(sizes.values())
-    if isinstance(method, WeightDelta):
+    if isinstance(method, OverLayers):
         placed = place(model, method, head)
         sites = list(placed.sites.values())
         shared = method.shared_parameters(sites)

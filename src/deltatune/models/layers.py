@@ -1,0 +1,213 @@
+"""A method over layers on a model: which layers it adapts, its module over each, and what they share."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from deltatune.errors import UserError
+from deltatune.methods import Observer, OverLayers, Site
+from deltatune.models.adapted import Adapted, adapt
+from deltatune.models.observe import Examples, observe
+from deltatune.models.part import Part
+from deltatune.models.roles import Role, embedding_roles, linear_roles
+from deltatune.models.targets import Matched, adaptable, match
+from deltatune.weights import weight_of
+
+log = logging.getLogger("deltatune")
+
+_SHARED = "base_model."
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a method would stand on a model, found from shapes alone."""
+
+    matched: Matched
+    modules: dict[str, OverLayers]
+    """The method of each layer by path: its own hyperparameters where a pattern gives it some."""
+    sites: dict[str, Site]
+
+
+@dataclass(frozen=True, eq=False)
+class Layers(Part):
+    """The modules of one method over the layers it adapts."""
+
+    method: OverLayers
+    name: str
+    """Of the adapter that it is part of."""
+    matched: Matched
+    modules: Mapping[str, OverLayers]
+    """The method of each adapted layer by path: its own hyperparameters where a pattern gives it some."""
+    layers: Mapping[str, Adapted]
+    shared: nn.Module | None
+    """What the method's modules have in common."""
+    trains_base: bool = False
+
+    def __str__(self) -> str:
+        return str(self.matched)
+
+    @property
+    def deltas(self) -> dict[str, nn.Module]:
+        """The module over each layer, by path."""
+        return {path: layer.deltas[self.name] for path, layer in self.layers.items()}
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters of the modules, shared ones once."""
+        return list(nn.ModuleList(self.deltas.values()).parameters())
+
+    def switch(self, on: bool) -> None:
+        """Makes its modules the layers' active ones, or none where they were."""
+        for layer in self.layers.values():
+            if on:
+                layer.active = self.name
+            elif layer.active == self.name:
+                layer.active = None
+
+    def remove(self, model: nn.Module) -> None:
+        """Deletes the modules; a layer without any stands in the model again as it was."""
+        self.switch(False)
+        for path, layer in self.layers.items():
+            del layer.deltas[self.name]
+            if not layer.deltas:
+                model.set_submodule(path, layer.base)
+
+    def rates(self) -> dict[nn.Parameter, float]:
+        """What the method says of parameters by their names within a delta."""
+        factors: dict[nn.Parameter, float] = {}
+        for path, delta in self.deltas.items():
+            rates = self.modules[path].rates()
+            factors |= {parameter: rates[name] for name, parameter in delta.named_parameters() if name in rates}
+        return factors
+
+    def penalty(self) -> Tensor | None:
+        """The method's, such as AdaLoRA's."""
+        return self.method.penalty(self.deltas)
+
+    def after_step(self, step: int, steps: int) -> None:
+        """Hands it to the method; AdaLoRA spends its budget here."""
+        self.method.after_step(self.deltas, step, steps)
+
+    def settled(self, step: int, steps: int) -> bool:
+        """As the method says; AdaLoRA has more than its budget before."""
+        return self.method.settled(step, steps)
+
+    def stored(self) -> dict[str, Tensor]:
+        """The method's tensors of each layer, and what they share."""
+        tensors = {
+            f"{path}.{suffix}": tensor
+            for path, delta in self.deltas.items()
+            for suffix, tensor in self.modules[path].stored(self.layers[path].site, delta).items()
+        }
+        shared = {} if self.shared is None else self.method.stored_shared(self.shared)
+        return tensors | {f"{_SHARED}{suffix}": tensor for suffix, tensor in shared.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Hands each module its tensors and copies what is shared."""
+        for path, delta in self.deltas.items():
+            names = self.modules[path].stored(self.layers[path].site, delta)
+            self.modules[path].restore(delta, {suffix: tensors[f"{path}.{suffix}"] for suffix in names})
+        shared = {} if self.shared is None else self.method.stored_shared(self.shared)
+        for suffix, tensor in shared.items():
+            tensor.copy_(tensors[f"{_SHARED}{suffix}"])
+
+    def to_peft(self, model: nn.Module) -> dict[str, Any]:
+        """The fields of the method's file form, and the adapted layers by as short names as there are."""
+        modules = {path: method.portable() for path, method in self.modules.items()}
+        config = self.method.portable().to_peft(modules, self.deltas)
+        config["target_modules"] = _short_names(model, list(self.layers))
+        linear = [layer.base for layer in self.layers.values() if not layer.site.embedding]
+        if linear and all(isinstance(layer, Conv1D) for layer in linear):
+            config["fan_in_fan_out"] = True  # not every config of PEFT's has the field
+        return config
+
+
+def place(model: nn.Module, method: OverLayers, head: tuple[str, ...]) -> Placed:
+    """Finds the layers that `method` adapts, outside of `head`, and changes nothing.
+
+    Raises `UserError` for targets that match nothing, and for hyperparameters that do not fit a layer, which it names.
+    """
+    roles = adaptable(model, head, embeddings=method.embeddings)
+    matched = match(model, roles, method.targets)
+    modules = _variants(model, method, {path: roles[path] for path in matched.paths})
+    sites = {path: _site(model, path, roles[path]) for path in modules}
+    for path, variant in modules.items():
+        try:
+            variant.check(sites[path])
+        except UserError as error:
+            raise UserError(f"{path}: {error.message}", error.hint) from error
+    return Placed(matched, modules, sites)
+
+
+def put_layers(
+    model: nn.Module,
+    method: OverLayers,
+    placed: Placed,
+    name: str,
+    head: tuple[str, ...],
+    generator: torch.Generator,
+    examples: Examples,
+) -> Layers:
+    """Wraps the layers of `placed` and gives each its module, with first values from examples where it wants them."""
+    observers = _observed(model, placed, examples)
+    if observers:
+        method = method.informed(placed.modules, observers)
+        placed = place(model, method, head)
+    shared = method.share(list(placed.sites.values()), generator)
+    layers = {}
+    for path, variant in placed.modules.items():
+        layer = model.get_submodule(path)
+        layer = layers[path] = layer if isinstance(layer, Adapted) else adapt(layer, placed.sites[path])
+        delta = variant.delta(layer.site, layer.frozen, shared, generator).to(layer.weight.device)
+        if path in observers:
+            variant.begin(delta, observers.pop(path))  # what it saw can be as large as the weight
+        layer.add(name, delta)
+        model.set_submodule(path, layer)
+    for line in str(placed.matched).splitlines():
+        log.info("%s: %s", method.name, line)
+    return Layers(method, name, placed.matched, placed.modules, layers, shared)
+
+
+def _observed(model: nn.Module, placed: Placed, examples: Examples) -> dict[str, Observer]:
+    """The observers of a method, by path, that saw the examples; none where it has none, or the model no weights."""
+    wanted = {path: variant.observer(placed.sites[path]) for path, variant in placed.modules.items()}
+    observers = {path: observer for path, observer in wanted.items() if observer is not None}
+    if not observers or any(parameter.is_meta for parameter in model.parameters()):
+        return {}
+    if not observe(model, observers, examples):
+        raise UserError(
+            f"{next(iter(placed.modules.values())).name} takes its first values from examples here, and there are none",
+            "give some batches: attach(model, method, examples=batches); deltatune.tune does so itself",
+        )
+    return observers
+
+
+def _site(model: nn.Module, path: str, role: Role) -> Site:
+    layer = model.get_submodule(path)
+    if isinstance(layer, Adapted):
+        return layer.site
+    weight = weight_of(layer)
+    has_bias = getattr(layer, "bias", None) is not None
+    return Site(weight.out, weight.in_, path, role, has_bias, isinstance(layer, nn.Embedding))
+
+
+def _variants(model: nn.Module, method: OverLayers, roles: Mapping[str, Role]) -> dict[str, OverLayers]:
+    """The method of each path: with the values that its patterns give to it, later entries winning."""
+    changes: dict[str, dict[str, object]] = {path: {} for path in roles}
+    for pattern, hyperparameter in method.patterns.items():
+        for entry, value in getattr(method, pattern).items():
+            for path in match(model, roles, entry).paths:
+                changes[path][hyperparameter] = value
+    return {path: cast(OverLayers, replace(cast(Any, method), **change)) for path, change in changes.items()}
+
+
+def _short_names(model: nn.Module, paths: list[str]) -> list[str]:
+    """The ends of the paths where these name no other layer, else the whole paths."""
+    every = (*linear_roles(model), *embedding_roles(model))
+    ends = {path.rpartition(".")[2] for path in paths}
+    named = [path for path in every if path.rpartition(".")[2] in ends]
+    return sorted(ends) if set(named) == set(paths) else sorted(paths)
