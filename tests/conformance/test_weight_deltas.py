@@ -97,6 +97,19 @@ def test_a_disabled_delta_is_the_base_bit_for_bit(method: WeightDelta, storage: 
 
 
 @on_every_storage
+def test_what_an_evaluation_leaves_behind_serves_training(method: WeightDelta, storage: str) -> None:
+    layer = shaken(adapted(method, storage))
+    x = inputs(layer, 2, 5)
+    with torch.inference_mode():
+        before = layer.eval()(x)
+    y = layer.train()(x)
+    y.square().sum().backward()
+    assert all(p.grad is not None for p in layer.parameters() if p.requires_grad)
+    if not getattr(method, "dropout", 0.0):
+        torch.testing.assert_close(y, before)
+
+
+@on_every_storage
 def test_a_merged_weight_that_is_not_finite_is_refused_and_the_base_left_alone(
     method: WeightDelta, storage: str
 ) -> None:
