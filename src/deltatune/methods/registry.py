@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
 import yaml
@@ -59,11 +60,11 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
         if option not in known:
             raise unknown(f"{name} option", option, known)
     try:
-        return TypeAdapter(kind).validate_python(dict(options))
+        return _reader(kind).validate_python(dict(options))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("tuple[", "str")))
-        schema = TypeAdapter(kind).json_schema()["properties"].get(place.partition(".")[0], {})
+        schema = _reader(kind).json_schema()["properties"].get(place.partition(".")[0], {})
         hint = (
             f"{place}: {schema['description']}" if "description" in schema else f"`deltatune methods {name}` lists them"
         )
@@ -91,5 +92,11 @@ def parse_option(words: str) -> tuple[str, Any]:
 
 def options_of(method: Method) -> dict[str, Any]:
     """Every hyperparameter of a method with its value, defaults included, ready for JSON and YAML."""
-    dumped: dict[str, Any] = TypeAdapter(type(method)).dump_python(method, mode="json")
+    dumped: dict[str, Any] = _reader(type(method)).dump_python(method, mode="json")
     return dumped
+
+
+@cache
+def _reader(kind: type[Method]) -> TypeAdapter[Method]:
+    """What reads and writes a method's options; to make one takes longer than to use it."""
+    return TypeAdapter(kind)
