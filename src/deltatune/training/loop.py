@@ -16,6 +16,7 @@ from deltatune.errors import UserError
 from deltatune.models.attach import after_step, learning_rates, penalty, settled, trainable_parameters
 from deltatune.training.evaluation import Scores, evaluate
 from deltatune.training.events import Evaluated, Finished, Listener, Started, Step
+from deltatune.training.optimisers import make_optimiser
 from deltatune.training.precision import Computed, autocast
 from deltatune.training.schedule import rate
 from deltatune.training.settings import Training
@@ -40,7 +41,9 @@ def train(
     groups = _plan(examples, settings, seed)
     at = _validation_steps(len(groups), settings)
     parameters = trainable_parameters(model)
-    optimizer = _adamw(parameters, learning_rates(model), settings.weight_decay)
+    optimizer = make_optimiser(
+        settings.optimiser, parameters, learning_rates(model), settings.weight_decay, settings.paged_folder
+    )
     kept = _Kept(settings.keep)
     if settings.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
@@ -112,23 +115,6 @@ def _plan(examples: Tokens, settings: Training, seed: int) -> list[list[list[int
 def _validation_steps(steps: int, settings: Training) -> set[int]:
     count = max(1, round(settings.evaluations * settings.epochs))
     return {math.ceil(steps * k / count) for k in range(1, count + 1)}
-
-
-def _adamw(parameters: dict[str, nn.Parameter], factors: dict[str, float], decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) with decay on matrices only.
-
-    Parameters with the same factor of the learning rate share a group; the loop sets each group's rate.
-    """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        groups.setdefault((parameter.ndim > 1, factors[name]), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": group, "weight_decay": decay if matrix else 0.0, "factor": factor}
-            for (matrix, factor), group in sorted(groups.items(), key=lambda item: item[0], reverse=True)
-        ],
-        fused=True,
-    )
 
 
 def _accumulate(model: PreTrainedModel, batches: list[Batch], precision: Computed) -> float:
