@@ -36,11 +36,9 @@ def test_it_computes_what_the_ordinary_layer_with_the_decoded_weight_does(format
     ours, theirs = layer(x), plain(x)
     torch.testing.assert_close(ours, theirs)
     outward = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2))
-    of = (x, layer.bias)
-    for mine, other in zip(
-        torch.autograd.grad(ours, of, outward), torch.autograd.grad(theirs, of, outward), strict=True
-    ):
-        torch.testing.assert_close(mine, other)
+    dx, db = torch.autograd.grad(ours, (x, layer.bias), outward)
+    torch.testing.assert_close(dx, torch.autograd.grad(theirs, x, outward)[0])
+    torch.testing.assert_close(db, outward.sum((0, 1)))
 
 
 def test_nothing_is_kept_for_backward() -> None:

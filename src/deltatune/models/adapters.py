@@ -17,7 +17,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from deltatune.errors import UserError
 from deltatune.files import new_folder, read_json, sha256, write_json
@@ -32,8 +31,10 @@ from deltatune.models.attach import (
     detach,
     trainable_parameters,
 )
+from deltatune.models.quantise import storages_of
 from deltatune.models.roles import embedding_roles, linear_roles
 from deltatune.models.targets import ending
+from deltatune.weights import is_transposed
 
 CONFIG, TENSORS, ABOUT = "adapter_config.json", "adapter_model.safetensors", "deltatune.json"
 _SHARED = "base_model."
@@ -56,6 +57,11 @@ class SavedAdapter:
     """Our own record (deltatune.json); empty for a folder that PEFT wrote."""
     repeated: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """Weights of the base that the folder holds as well, as PEFT's do of adapted embeddings, by their names there."""
+
+    @property
+    def storage(self) -> dict[str, str]:
+        """How the base was stored that it was trained over, by target; empty where it was not quantised."""
+        return dict(self.about["base"].get("storage", {})) if self.about else {}
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -102,7 +108,7 @@ def save_adapter(model: nn.Module, folder: Path | str, *, base: str = "", revisi
         write_json(new / CONFIG, _peft_config(model, done, base, revision))
         record = {
             "format": 1,
-            "base": {"id": base, "revision": revision, "fingerprint": done.fingerprint},
+            "base": {"id": base, "revision": revision, "fingerprint": done.fingerprint, "storage": storages_of(model)},
             "method": portable.name,
             "options": options_of(portable),
             "head": list(done.head),
@@ -197,6 +203,11 @@ def _fill(model: nn.Module, saved: SavedAdapter, wanted: Mapping[str, Tensor]) -
 
 def _check_base(saved: SavedAdapter, model: nn.Module) -> None:
     if saved.about and saved.about["base"]["fingerprint"] != cast(Attachment, attachment(model)).fingerprint:
+        if saved.storage != (given := storages_of(model)):
+            raise UserError(
+                f"{saved.folder} belongs to a base stored as {_named(saved.storage)}, not as {_named(given)}",
+                f"load the base with storage={saved.storage}" if saved.storage else "load the base without a storage",
+            )
         raise UserError(
             f"{saved.folder} was trained on another base: the weights of this one are not those of '{saved.base}'",
             f"load it on '{saved.base}'" + (f" at revision {saved.revision}" if saved.revision else ""),
@@ -208,6 +219,10 @@ def _check_base(saved: SavedAdapter, model: nn.Module) -> None:
                 f"{saved.folder} has another {name} than this base",
                 "it was made for another base, or for one whose vocabulary was changed: load it on that one",
             )
+
+
+def _named(storages: Mapping[str, str]) -> str:
+    return ", ".join(f"{words} ({target})" for target, words in storages.items()) or "it came, unquantised"
 
 
 def _check(saved: SavedAdapter, wanted: Mapping[str, Tensor]) -> None:
@@ -313,7 +328,7 @@ def _peft_config(model: nn.Module, done: Attachment, base: str, revision: str) -
         config |= done.method.portable().to_peft(modules, deltas)
         config["target_modules"] = _short_names(model, list(layers))
         linear = [layer.base for layer in layers.values() if not layer.site.embedding]
-        if linear and all(isinstance(layer, Conv1D) for layer in linear):
+        if linear and all(map(is_transposed, linear)):
             config["fan_in_fan_out"] = True  # not every config of PEFT's has the field
     return dict(sorted(config.items()))
 

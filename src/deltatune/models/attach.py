@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from deltatune.errors import UserError, unknown
 from deltatune.methods import Method, Observer, Selection, Site, WeightDelta
-from deltatune.models.adapted import Adapted, adapt
+from deltatune.models.adapted import Adapted, adapt, quantised_layers
 from deltatune.models.fingerprint import fingerprint
 from deltatune.models.observe import Examples, observe
 from deltatune.models.roles import Role
@@ -99,6 +99,7 @@ def attach(
     if isinstance(method, WeightDelta):
         done = _attach_deltas(model, method, name, head, torch.Generator().manual_seed(seed), examples)
     elif isinstance(method, Selection):
+        _refuse_quantised(model, method)
         done = Attachment(name, method, head, fingerprint(model, without=head))
         for path, parameter in model.named_parameters():
             parameter.requires_grad_(below(path, head) or method.selects(path))
@@ -199,6 +200,16 @@ def _refuse_merged(model: nn.Module) -> None:
 def _refuse_selection(done: Attachment) -> None:
     if not isinstance(done.method, WeightDelta):
         raise UserError(f"'{done.name}' trained the base's own parameters", "load the base again to be rid of it")
+
+
+def _refuse_quantised(model: nn.Module, method: Selection) -> None:
+    """A weight that is stored in codes cannot train."""
+    for path, layer in quantised_layers(model).items():
+        if method.selects(f"{path}.weight"):
+            raise UserError(
+                f"{method.name} trains {path}.weight, which is stored as {layer.storage} and stays as it is",
+                "load the base without a storage, or use a method that adds to frozen weights, such as lora",
+            )
 
 
 def _refuse_overlap(name: str, head: tuple[str, ...], paths: Iterable[str], others: Mapping[str, Attachment]) -> None:

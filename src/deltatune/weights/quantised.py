@@ -87,17 +87,24 @@ class QuantisedLinear(nn.Module):
         """A stand-in with the shape, type and device that the ordinary layer's weight has, and no number in it."""
         shape = (self.out_features, self.in_features)
         empty = torch.full((), math.nan, dtype=self.dtype, device=self.codes.device)
-        return empty.expand(shape[::-1] if self.transposed else shape)
+        empty = empty.expand(shape[::-1] if self.transposed else shape)
+        empty._is_hf_initialized = True  # type: ignore[attr-defined]  # Transformers is not to write to it
+        return empty
 
-    def dense_layer(self, weight: Float[Tensor, "out in"] | None = None) -> nn.Linear | Conv1D:
-        """The ordinary layer with that weight, or with the decoded one, rounded to `dtype`; nothing of it trains."""
+    def dense_layer(
+        self, weight: Float[Tensor, "out in"] | None = None, bias: Float[Tensor, " out"] | None = None
+    ) -> nn.Linear | Conv1D:
+        """The ordinary layer in `dtype`, frozen: with that weight and bias, else the decoded weight and its bias."""
         weight = (QuantisedWeight(self).dense() if weight is None else weight).to(self.dtype)
         with torch.device("meta"):
             shape = (self.in_features, self.out_features)
             layer = Conv1D(*shape[::-1]) if self.transposed else nn.Linear(*shape, bias=False)
         weight = weight.T if self.transposed else weight
         layer.weight = nn.Parameter(weight.clone(memory_format=torch.contiguous_format), requires_grad=False)
-        layer.bias = self.bias
+        bias = self.bias if bias is None else bias
+        layer.bias = (
+            None if bias is None else nn.Parameter(bias.detach().to(self.dtype, copy=True), requires_grad=False)
+        )
         return layer.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
