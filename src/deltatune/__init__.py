@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from deltatune.models.base import Base, load
     from deltatune.models.combine import Combined, combine
     from deltatune.models.merge import Merged, fold, merge, unmerge
+    from deltatune.models.quantise import dequantise, quantise
     from deltatune.training.settings import Training
     from deltatune.training.tune import Tuned, tune
 
@@ -54,6 +55,7 @@ _HOMES = {
     "deltatune.models.base": ("Base", "load"),
     "deltatune.models.combine": ("Combined", "combine"),
     "deltatune.models.merge": ("Merged", "fold", "merge", "unmerge"),
+    "deltatune.models.quantise": ("dequantise", "quantise"),
     "deltatune.training.settings": ("Training",),
     "deltatune.training.tune": ("Tuned", "tune"),
 }
@@ -93,6 +95,7 @@ __all__ = [
     "attachment",
     "combine",
     "compare",
+    "dequantise",
     "detach",
     "disabled",
     "fold",
@@ -103,6 +106,7 @@ __all__ = [
     "make_experiment",
     "merge",
     "penalty",
+    "quantise",
     "read_adapter",
     "read_experiment",
     "save_adapter",

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltatune.methods import METHODS, Method, Site, WeightDelta, make
 from deltatune.models.adapted import AdaptedLinear
+from deltatune.weights import QuantisedLinear, Storage
 
 FITTING: dict[str, dict] = {
     "adalora": {"init_r": 6, "target_r": 3},
@@ -121,6 +122,7 @@ STORAGES: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: _linear(torch.float32),
     "linear-bf16": lambda: _linear(torch.bfloat16),
     "conv1d": _conv1d,
+    "nf4": lambda: QuantisedLinear.of(_linear(torch.float32), Storage("nf4", block=16)),
 }
 """A frozen layer of 12 inputs and 20 outputs in each storage."""
 

@@ -25,11 +25,12 @@ from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
 from deltatune.methods.oft import OFT
-from deltatune.methods.registry import METHODS, make, options_of, parse, parse_option
+from deltatune.methods.registry import METHODS, make, options_of
 from deltatune.methods.shira import SHiRA
 from deltatune.methods.vblora import VBLoRA
 from deltatune.methods.vera import VeRA
 from deltatune.methods.waveft import WaveFT
+from deltatune.words import parse, parse_option
 
 __all__ = [
     "IA3",

@@ -1,12 +1,10 @@
-"""The methods there are, by name, and how words become one: `lora:rank=8,targets=[query, value]` → LoRA(rank=8, …)."""
+"""The methods there are, by name, and how one is made from its name and options."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from deltatune.errors import UserError, unknown
@@ -69,25 +67,6 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
             f"{place}: {schema['description']}" if "description" in schema else f"`deltatune methods {name}` lists them"
         )
         raise UserError(f"{name}: {place} = {first['input']!r}: {first['msg'].lower()}", hint) from error
-
-
-def parse(words: str) -> tuple[str, dict[str, Any]]:
-    """Splits `name:option=value,…` into its name and options; values are read as YAML, so `[a, b]` is a list."""
-    name, _, rest = words.partition(":")
-    # Commas separate options only where a `key=` follows; the others belong to lists and regular expressions.
-    pairs = re.split(r",(?=\s*\w+=)", rest) if rest else []
-    return name.strip(), dict(parse_option(pair) for pair in pairs)
-
-
-def parse_option(words: str) -> tuple[str, Any]:
-    """Splits `option=value`; the value is read as YAML."""
-    key, equals, value = words.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"'{words}' is not an option", "write it as name=value, such as rank=8")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        return key.strip(), value
 
 
 def options_of(method: Method) -> dict[str, Any]:

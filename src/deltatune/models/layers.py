@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from deltatune.errors import UserError
 from deltatune.methods import Observer, OverLayers, Site
@@ -16,7 +15,7 @@ from deltatune.models.observe import Examples, observe
 from deltatune.models.part import Part
 from deltatune.models.roles import Role, embedding_roles, linear_roles
 from deltatune.models.targets import Matched, adaptable, match
-from deltatune.weights import weight_of
+from deltatune.weights import is_transposed, weight_of
 
 log = logging.getLogger("deltatune")
 
@@ -121,7 +120,7 @@ class Layers(Part):
         config = self.method.portable().to_peft(modules, self.deltas)
         config["target_modules"] = _short_names(model, list(self.layers))
         linear = [layer.base for layer in self.layers.values() if not layer.site.embedding]
-        if linear and all(isinstance(layer, Conv1D) for layer in linear):
+        if linear and all(map(is_transposed, linear)):
             config["fan_in_fan_out"] = True  # not every config of PEFT's has the field
         return config
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from deltatune.errors import UserError
 from deltatune.methods import Selection
-from deltatune.models.adapted import base_parameters
+from deltatune.models.adapted import base_parameters, quantised_layers
 from deltatune.models.part import Part
 from deltatune.models.targets import below
 
@@ -47,6 +47,17 @@ class Selected(Part):
 
 def put_selection(model: nn.Module, method: Selection, head: tuple[str, ...]) -> Selected:
     """Finds what `method` selects of the model's base, outside of `head`."""
+    _refuse_quantised(model, method)
     every = base_parameters(model).items()
     chosen = {name: parameter for name, parameter in every if not below(name, head) and method.selects(name)}
     return Selected(method, chosen)
+
+
+def _refuse_quantised(model: nn.Module, method: Selection) -> None:
+    """A weight that is stored in codes cannot train."""
+    for path, layer in quantised_layers(model).items():
+        if method.selects(f"{path}.weight"):
+            raise UserError(
+                f"{method.name} trains {path}.weight, which is stored as {layer.storage} and stays as it is",
+                "load the base without a storage, or use a method that adds to frozen weights, such as lora",
+            )

@@ -14,6 +14,7 @@ from deltatune.data.batches import Batch, collate, epoch
 from deltatune.data.tokens import Tokens
 from deltatune.errors import UserError
 from deltatune.models.attach import after_step, learning_rates, penalty, settled, trainable_parameters
+from deltatune.models.quantise import total_parameters
 from deltatune.training.evaluation import Scores, evaluate
 from deltatune.training.events import Evaluated, Finished, Listener, Started, Step
 from deltatune.training.optimisers import make_optimiser
@@ -53,7 +54,7 @@ def train(
             epochs=settings.epochs,
             examples=len(examples),
             trainable=sum(p.numel() for p in parameters.values()),
-            total=sum(p.numel() for p in model.parameters()),
+            total=total_parameters(model),
             precision=precision,
             seed=seed,
         )

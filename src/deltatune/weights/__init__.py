@@ -2,6 +2,20 @@
 
 from deltatune.weights.dense import DenseWeight
 from deltatune.weights.frozen import FrozenWeight
-from deltatune.weights.modules import is_linear, weight_of
+from deltatune.weights.modules import is_linear, is_transposed, weight_of
+from deltatune.weights.quantised import QuantisedLinear, QuantisedWeight
+from deltatune.weights.storage import DENSE, FORMATS, Storage, parse_storage
 
-__all__ = ["DenseWeight", "FrozenWeight", "is_linear", "weight_of"]
+__all__ = [
+    "DENSE",
+    "FORMATS",
+    "DenseWeight",
+    "FrozenWeight",
+    "QuantisedLinear",
+    "QuantisedWeight",
+    "Storage",
+    "is_linear",
+    "is_transposed",
+    "parse_storage",
+    "weight_of",
+]

@@ -5,11 +5,17 @@ from transformers.pytorch_utils import Conv1D
 
 from deltatune.weights.dense import DenseWeight
 from deltatune.weights.frozen import FrozenWeight
+from deltatune.weights.quantised import QuantisedLinear, QuantisedWeight
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is one that holds a linear weight we can adapt: `nn.Linear` or Transformers' `Conv1D`."""
-    return isinstance(module, nn.Linear | Conv1D)
+    """Whether a module is one that holds a linear weight we can adapt, in whatever storage."""
+    return isinstance(module, nn.Linear | Conv1D | QuantisedLinear)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the ordinary form of a linear layer has its weight as (in, out): that of Transformers' `Conv1D`."""
+    return isinstance(module, Conv1D) or (isinstance(module, QuantisedLinear) and module.transposed)
 
 
 def weight_of(module: nn.Module) -> FrozenWeight:
@@ -21,4 +27,6 @@ def weight_of(module: nn.Module) -> FrozenWeight:
         return DenseWeight(module, transposed=True)
     if isinstance(module, nn.Linear):
         return DenseWeight(module, transposed=False)
+    if isinstance(module, QuantisedLinear):
+        return QuantisedWeight(module)
     raise TypeError(f"{type(module).__name__} holds no weight that can be adapted")
