@@ -5,7 +5,7 @@ python benchmarks/optimisers.py [--rounds 15]
 Full fine-tuning of `minilm` on real batches of 1,024 tokens, in the machine's precision. Times are medians over the
 rounds and medians of the ratios within a round: each optimiser has its own copy of the parameters, gets the gradients
 of the same backward pass, and they take turns at being first. Memory is that of a fresh process for each, after a few
-steps of the training loop. Distance is over 100 steps of the loop, on what AdamW itself moved.
+steps of the training loop. Distance is over 30 steps of the loop, on what AdamW itself moved.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def memory() -> None:
         print(f"{name:10} {found['Anonymous'] / 1e6:13.0f} {found['Rss'] / 1e6:12.0f}", flush=True)
 
 
-def distances(steps: int = 100) -> None:
+def distances(steps: int = 30) -> None:
     """Prints how far each optimiser is from AdamW after some steps."""
     start = dict(deltatune.load("minilm", labels=("rotten", "fresh")).model.named_parameters())
     theirs, losses, _ = trained("adamw", steps)

@@ -37,9 +37,9 @@ def encode_(
 ) -> None:
     """Puts the code of each fp32 number and the scale of each block into `codes` and `absmax`; overwrites `x`.
 
-    x/absmax is rounded to fp16, so that a table has its code: searching for it takes ten times as long. That moves
-    the boundaries between levels by at most 4% of a level's width. The unsigned map is for second moments, by whose
-    root one divides: nothing becomes 0 there, but the least level above it, unless its whole block is 0.
+    x/absmax is rounded to fp16, so that a table has its code: searching for it takes many times as long. That
+    moves the boundaries between levels by at most 7% of a level's width. The unsigned map is for second moments, by
+    whose root one divides: nothing becomes 0 there, but the least level above it, unless its whole block is 0.
     """
     torch.amax(x.abs() if signed else x, 1, out=absmax)
     index = x.div_(absmax[:, None]).half().view(torch.uint16).to(torch.int32)
