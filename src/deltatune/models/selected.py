@@ -4,11 +4,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from deltatune.errors import UserError
-from deltatune.methods import Selection
+from deltatune.methods import BaseParameter, Selection
 from deltatune.models.adapted import base_parameters
+from deltatune.models.blocks import stacks
 from deltatune.models.part import Part
+from deltatune.models.roles import ALIASES, Role, base_layers, linear_roles
 from deltatune.models.targets import below
 
 
@@ -47,6 +50,41 @@ class Selected(Part):
 
 def put_selection(model: nn.Module, method: Selection, head: tuple[str, ...]) -> Selected:
     """Finds what `method` selects of the model's base, outside of `head`."""
-    every = base_parameters(model).items()
-    chosen = {name: parameter for name, parameter in every if not below(name, head) and method.selects(name)}
-    return Selected(method, chosen)
+    described = _described(model, head)
+    chosen = set(method.select(list(described)))
+    return Selected(method, {seen.names[0]: described[seen] for seen in described if seen in chosen})
+
+
+def _described(model: nn.Module, head: tuple[str, ...]) -> dict[BaseParameter, nn.Parameter]:
+    """Each parameter of the base outside of the head, as selections see it."""
+    own = {parameter: name for name, parameter in base_parameters(model).items() if not below(name, head)}
+    names: dict[nn.Parameter, list[str]] = {parameter: [] for parameter in own}
+    words: dict[nn.Parameter, set[str]] = {parameter: set() for parameter in own}
+    roles, blocks = linear_roles(model), [block for stack in stacks(model) for block in stack]
+    for path, module in base_layers(model):
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in own:
+                names[parameter].append(f"{path}.{name}" if path else name)
+                words[parameter] |= _words(module, name, roles.get(path, "other"), below(path, blocks))
+    tokens = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    vocabulary = getattr(tokens, "weight", None)
+    return {
+        BaseParameter(
+            names=tuple(names[parameter]),
+            words=frozenset(words[parameter] | ({"token-embedding"} if parameter is vocabulary else set())),
+            block=next((number for number, block in enumerate(blocks) if below(name, [block])), None),
+        ): parameter
+        for parameter, name in own.items()
+    }
+
+
+def _words(module: nn.Module, name: str, role: Role, in_block: bool) -> set[str]:
+    """What a parameter directly in this module is; a table of position biases within a block is no embedding."""
+    words = {alias for alias, roles in ALIASES.items() if role in roles} | ({role} - {"other"})
+    if name == "bias" or name.endswith("_bias"):
+        words.add("biases")
+    if any(kind.__name__.rstrip("123d").endswith("Norm") for kind in type(module).__mro__):
+        words.add("norms")
+    if isinstance(module, nn.Embedding) and not in_block:
+        words.add("embeddings")
+    return words

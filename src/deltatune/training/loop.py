@@ -14,6 +14,7 @@ from deltatune.data.batches import Batch, collate, epoch
 from deltatune.data.tokens import Tokens
 from deltatune.errors import UserError
 from deltatune.models.attach import after_step, learning_rates, penalty, settled, trainable_parameters
+from deltatune.training.checkpointing import checkpointing
 from deltatune.training.evaluation import Scores, evaluate
 from deltatune.training.events import Evaluated, Finished, Listener, Started, Step
 from deltatune.training.precision import Computed, autocast
@@ -42,8 +43,6 @@ def train(
     parameters = trainable_parameters(model)
     optimizer = _adamw(parameters, learning_rates(model), settings.weight_decay)
     kept = _Kept(settings.keep)
-    if settings.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
     listen(
         Started(
             steps=len(groups),
@@ -57,7 +56,7 @@ def train(
     )
     seconds, seen, tokens = 0.0, 0, 0
     model.train()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), checkpointing(model, settings.gradient_checkpointing):
         torch.manual_seed(seed)
         for step, group in enumerate(groups, start=1):
             began = time.perf_counter()
@@ -90,8 +89,6 @@ def train(
                 )
                 if settled(model, step, len(groups)):
                     kept.offer(step, scores, parameters)
-    if settings.gradient_checkpointing:
-        model.activation_checkpointing_disable()
     best_step, scores = kept.restore(parameters)
     finished = Finished(len(groups), seconds, best_step)
     listen(finished)
