@@ -20,8 +20,10 @@ FITTING: dict[str, dict] = {
     "waveft": {"coefficients": 60},
     "fourierft": {"coefficients": 60},
     "shira": {"rank": 3},
+    "last-k": {"k": 1},
+    "select": {"parameters": "attention"},
 }
-"""Options without which a method does not fit layers as small as the ones here."""
+"""Options without which a method does not fit layers as small as the ones here, or has nothing to do."""
 
 VARIANTS: dict[str, list[dict]] = {
     "lora": [
@@ -73,6 +75,10 @@ VARIANTS: dict[str, list[dict]] = {
     "shira": [
         {"rank": 7, "mask_seed": 5},
     ],
+    "full": [{"exclude": ["embeddings", "norms"]}],
+    "bitfit": [{"biases": ["up", "norms"]}],
+    "last-k": [{"k": 2}],
+    "select": [{"parameters": ["embeddings", "mlp", ".*[.]0[.].*"], "exclude": "biases"}],
 }
 """Options that change a formula and so deserve the laws of their own; the defaults are always tested."""
 

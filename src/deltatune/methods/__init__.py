@@ -1,7 +1,9 @@
 """What is trained: one file per method, and the contract they share."""
 
 from deltatune.methods.adalora import AdaLoRA
+from deltatune.methods.bitfit import BitFit
 from deltatune.methods.contract import (
+    BaseParameter,
     BlockInsert,
     Delta,
     EmbeddingDelta,
@@ -20,12 +22,15 @@ from deltatune.methods.full import Full
 from deltatune.methods.head import Head
 from deltatune.methods.hira import HiRA
 from deltatune.methods.ia3 import IA3
+from deltatune.methods.last_k import LastK
 from deltatune.methods.loha import LoHa
 from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
+from deltatune.methods.norms import Norms
 from deltatune.methods.oft import OFT
 from deltatune.methods.registry import METHODS, make, options_of
+from deltatune.methods.select import Select
 from deltatune.methods.shira import SHiRA
 from deltatune.methods.vblora import VBLoRA
 from deltatune.methods.vera import VeRA
@@ -37,6 +42,8 @@ __all__ = [
     "METHODS",
     "OFT",
     "AdaLoRA",
+    "BaseParameter",
+    "BitFit",
     "BlockInsert",
     "Delta",
     "DoRA",
@@ -46,14 +53,17 @@ __all__ = [
     "Head",
     "HiRA",
     "Insert",
+    "LastK",
     "LoHa",
     "LoKr",
     "LoRA",
     "Method",
     "MiSS",
+    "Norms",
     "Observer",
     "OverLayers",
     "SHiRA",
+    "Select",
     "Selection",
     "Site",
     "Targets",

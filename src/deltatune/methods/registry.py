@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from deltatune.errors import UserError, unknown
 from deltatune.methods.adalora import AdaLoRA
+from deltatune.methods.bitfit import BitFit
 from deltatune.methods.contract import Method
 from deltatune.methods.dora import DoRA
 from deltatune.methods.fourierft import FourierFT
@@ -16,11 +17,14 @@ from deltatune.methods.full import Full
 from deltatune.methods.head import Head
 from deltatune.methods.hira import HiRA
 from deltatune.methods.ia3 import IA3
+from deltatune.methods.last_k import LastK
 from deltatune.methods.loha import LoHa
 from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
+from deltatune.methods.norms import Norms
 from deltatune.methods.oft import OFT
+from deltatune.methods.select import Select
 from deltatune.methods.shira import SHiRA
 from deltatune.methods.vblora import VBLoRA
 from deltatune.methods.vera import VeRA
@@ -43,6 +47,10 @@ _EVERY: tuple[type[Method], ...] = (
     WaveFT,
     FourierFT,
     SHiRA,
+    BitFit,
+    Norms,
+    LastK,
+    Select,
 )
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _EVERY}
 """Every registered method, by its name."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 from deltatune.training.optimisers import Optimiser
 from deltatune.training.precision import Precision
@@ -39,6 +39,10 @@ class Training(BaseModel):
     """Longest example in tokens; the rest of a longer one is cut off, and counted."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, the same result."""
+    cache: ByteSize = Field(ByteSize(0), ge=0)
+    """Room for what enters the lowest trained block, such as 1GB: kept in the first epoch, reused in the later ones."""
+    cache_on: Literal["memory", "disk"] = "memory"
+    """Where: disk is files in the system's folder for temporary ones (TMPDIR), mapped into memory."""
     precision: Precision = "auto"
     """auto: bf16 where the machine has it in hardware, else fp32."""
     keep: Literal["best", "last"] = "best"
