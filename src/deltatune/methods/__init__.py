@@ -19,12 +19,15 @@ from deltatune.methods.fourierft import FourierFT
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
 from deltatune.methods.hira import HiRA
+from deltatune.methods.houlsby import Houlsby
 from deltatune.methods.ia3 import IA3
 from deltatune.methods.loha import LoHa
 from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
 from deltatune.methods.oft import OFT
+from deltatune.methods.parallel import Parallel
+from deltatune.methods.pfeiffer import Pfeiffer
 from deltatune.methods.registry import METHODS, make, options_of, parse, parse_option
 from deltatune.methods.shira import SHiRA
 from deltatune.methods.vblora import VBLoRA
@@ -44,6 +47,7 @@ __all__ = [
     "Full",
     "Head",
     "HiRA",
+    "Houlsby",
     "Insert",
     "LoHa",
     "LoKr",
@@ -52,6 +56,8 @@ __all__ = [
     "MiSS",
     "Observer",
     "OverLayers",
+    "Parallel",
+    "Pfeiffer",
     "SHiRA",
     "Selection",
     "Site",

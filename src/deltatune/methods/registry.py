@@ -16,12 +16,15 @@ from deltatune.methods.fourierft import FourierFT
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
 from deltatune.methods.hira import HiRA
+from deltatune.methods.houlsby import Houlsby
 from deltatune.methods.ia3 import IA3
 from deltatune.methods.loha import LoHa
 from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
 from deltatune.methods.oft import OFT
+from deltatune.methods.parallel import Parallel
+from deltatune.methods.pfeiffer import Pfeiffer
 from deltatune.methods.shira import SHiRA
 from deltatune.methods.vblora import VBLoRA
 from deltatune.methods.vera import VeRA
@@ -44,6 +47,9 @@ _EVERY: tuple[type[Method], ...] = (
     WaveFT,
     FourierFT,
     SHiRA,
+    Houlsby,
+    Pfeiffer,
+    Parallel,
 )
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _EVERY}
 """Every registered method, by its name."""
