@@ -23,6 +23,7 @@ FITTING: dict[str, dict] = {
     "shira": {"rank": 3},
     "houlsby": {"reduction": 8},
     "pfeiffer": {"reduction": 8},
+    "compacter": {"reduction": 5, "n": 2},
 }
 """Options without which a method does not fit layers as small as the ones here."""
 
@@ -78,6 +79,7 @@ VARIANTS: dict[str, list[dict]] = {
     ],
     "houlsby": [{"reduction": 4, "init": "zero-up", "scale": 0.5, "activation": "tanh"}],
     "pfeiffer": [{"activation": "silu", "leave_out": (0,)}],
+    "compacter": [{"reduction": 2, "rank": 2, "init": "zero-up", "scale": 3.0, "activation": "relu"}],
     "parallel": [{"init": "normal", "scale": 1.0, "activation": "gelu"}],
 }
 """Options that change a formula and so deserve the laws of their own; the defaults are always tested."""

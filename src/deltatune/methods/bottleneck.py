@@ -30,7 +30,7 @@ _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": torch.tanh,
 }
-_PASSED: Mapping[Activation, float] = {"relu": 1 / 2, "gelu": 1 / 4, "silu": 1 / 4, "tanh": 1.0}
+PASSED: Mapping[Activation, float] = {"relu": 1 / 2, "gelu": 1 / 4, "silu": 1 / 4, "tanh": 1.0}
 """The share of a small input's variance that each lets through."""
 _FROM_OUTPUT = ("relu", "tanh")
 """Those whose gradient needs their output alone, which the product after them keeps anyway."""
@@ -52,11 +52,17 @@ class Adapters(BlockInsert, Protocol):
         "adapter_up.weight": "up",
         "adapter_up.bias": "up_bias",
     }
+    written: ClassVar[tuple[str, ...]] = ("reduction", "activation", "scale")
+    """The fields that adapter_config.json holds."""
 
     def check(self, site: Site) -> None:
         """Raises `UserError` for a layer that ends no sub-layer, and for a reduction that leaves no width."""
         ends_sub_layer(self, site)
-        narrow(self, site)
+        if self.reduction > site.out:
+            raise UserError(
+                f"{self.name}: reduction {self.reduction} leaves nothing of a width of {site.out}",
+                f"the largest is {site.out}",
+            )
 
     def parameters(self, site: Site) -> int:
         """Trained parameters of one site: Down, Up and their biases, 2dm + m + d."""
@@ -72,11 +78,11 @@ class Adapters(BlockInsert, Protocol):
         """Of `normal`: that of s·Up·σ(Down·h), for Down·h so small that σ is as around 0."""
         if self.init == "zero-up":
             return 0.0
-        return self.scale * STD**2 * math.sqrt(site.out // self.reduction * site.out * _PASSED[self.activation])
+        return self.scale * STD**2 * math.sqrt(site.out // self.reduction * site.out * PASSED[self.activation])
 
     def delta(
         self, site: Site, weight: FrozenWeight, shared: nn.Module | None, generator: torch.Generator
-    ) -> "Bottleneck":
+    ) -> nn.Module:
         """A fresh adapter: Up and Down N(0, 0.02²), or Down Kaiming-uniform and Up 0; biases 0."""
         d, m = site.out, site.out // self.reduction
         if self.init == "normal":
@@ -88,12 +94,12 @@ class Adapters(BlockInsert, Protocol):
 
     def to_peft(self, modules: Mapping[str, Any], deltas: Mapping[str, nn.Module]) -> dict[str, Any]:
         """The fields that decide the output, in PEFT's layout."""
-        return {"reduction": self.reduction, "activation": self.activation, "scale": self.scale}
+        return {name: getattr(self, name) for name in self.written}
 
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> "Adapters":
         """Reads what `to_peft` wrote."""
-        return cls(**{key: config[key] for key in ("reduction", "activation", "scale") if key in config})
+        return cls(**{name: config[name] for name in cls.written if name in config})
 
 
 class Insertion(nn.Module):
@@ -172,13 +178,4 @@ def ends_sub_layer(method: BlockInsert, site: Site) -> None:
             f"{method.name} stands beside a feed-forward sub-layer, and of this one no layer of the role up or gate is "
             "known, where it begins",
             "use targets=mlp-down, or a method that stands after a sub-layer, such as pfeiffer",
-        )
-
-
-def narrow(method: Adapters, site: Site) -> None:
-    """Raises `UserError` where the reduction leaves no width."""
-    if method.reduction > site.out:
-        raise UserError(
-            f"{method.name}: reduction {method.reduction} leaves nothing of a width of {site.out}",
-            f"the largest is {site.out}",
         )

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from deltatune.errors import UserError, unknown
 from deltatune.methods.adalora import AdaLoRA
+from deltatune.methods.compacter import Compacter
 from deltatune.methods.contract import Method
 from deltatune.methods.dora import DoRA
 from deltatune.methods.fourierft import FourierFT
@@ -50,6 +51,7 @@ _EVERY: tuple[type[Method], ...] = (
     Houlsby,
     Pfeiffer,
     Parallel,
+    Compacter,
 )
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _EVERY}
 """Every registered method, by its name."""
