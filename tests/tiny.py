@@ -8,6 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
+    AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -33,24 +34,35 @@ _CONFIGS = {
     "t5": {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 2, "decoder_start_token_id": 0},
 }
 ARCHITECTURES = tuple(_CONFIGS)
+"""Those that read text."""
+_CONFIGS["vit"] = {**_SIZES, "image_size": 8, "patch_size": 4}
 DECODERS = ("gpt2", "llama", "qwen2")
 
 
 def tiny_model(
-    architecture: str, *, labels: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32
+    architecture: str, *, labels: int = 3, seed: int = 0, dtype: torch.dtype = torch.float32, **options
 ) -> PreTrainedModel:
-    """A classifier with random weights, in evaluation mode; the head is random, too, so that outputs say something."""
-    return copy.deepcopy(_model(architecture, labels, seed, dtype))
+    """A classifier with random weights, in evaluation mode; the head is random, too, so that outputs say something.
+
+    `options` are fields of its configuration.
+    """
+    return copy.deepcopy(_model(architecture, labels, seed, dtype, tuple(options.items())))
 
 
 @cache
-def _model(architecture: str, labels: int, seed: int, dtype: torch.dtype) -> PreTrainedModel:
+def _model(
+    architecture: str, labels: int, seed: int, dtype: torch.dtype, options: tuple[tuple[str, object], ...]
+) -> PreTrainedModel:
     """The model that `tiny_model` gives copies of: copying takes a fraction of the time."""
+    auto = AutoModelForImageClassification if architecture == "vit" else AutoModelForSequenceClassification
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForSequenceClassification.from_config(
-            tiny_config(architecture, num_labels=labels), dtype=dtype
-        ).eval()
+        return auto.from_config(tiny_config(architecture, num_labels=labels, **dict(options)), dtype=dtype).eval()
+
+
+def tiny_images(seed: int = 1) -> dict[str, torch.Tensor]:
+    """A batch of three images for the tiny model that reads such."""
+    return {"pixel_values": torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(seed))}
 
 
 def tiny_inputs(seed: int = 1) -> dict[str, torch.Tensor]:
@@ -94,9 +106,11 @@ def tokenizer(architecture: str) -> PreTrainedTokenizerFast:
 
 def tiny_config(architecture: str, **options) -> PreTrainedConfig:
     """The configuration of a tiny model; `options` are fields of it."""
+    if architecture == "vit":
+        return AutoConfig.for_model(architecture, initializer_range=0.3, **_CONFIGS[architecture], **options)
     positions = {} if architecture == "t5" else {"max_position_embeddings": 66 if architecture == "roberta" else 64}
     spread = {"initializer_factor": 1.5} if architecture == "t5" else {"initializer_range": 0.3}
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return AutoConfig.for_model(
-        architecture, vocab_size=VOCABULARY, **positions, **spread, **special, **_CONFIGS[architecture], **options
+        architecture, vocab_size=VOCABULARY, **positions, **spread, **special, **(_CONFIGS[architecture] | options)
     )

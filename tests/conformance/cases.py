@@ -4,12 +4,13 @@ import copy
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from deltatune.methods import METHODS, Method, Site, WeightDelta, make
+from deltatune.methods import METHODS, BlockInsert, Delta, Method, OverLayers, Site, WeightDelta, make
 from deltatune.models.adapted import AdaptedLinear
-from deltatune.weights import QuantisedLinear, Storage
+from deltatune.weights import QuantisedLinear, Storage, weight_of
 
 FITTING: dict[str, dict] = {
     "adalora": {"init_r": 6, "target_r": 3},
@@ -22,6 +23,9 @@ FITTING: dict[str, dict] = {
     "shira": {"rank": 3},
     "last-k": {"k": 1},
     "select": {"parameters": "attention"},
+    "houlsby": {"reduction": 8},
+    "pfeiffer": {"reduction": 8},
+    "compacter": {"reduction": 5, "n": 2},
 }
 """Options without which a method does not fit layers as small as the ones here, or has nothing to do."""
 
@@ -79,6 +83,10 @@ VARIANTS: dict[str, list[dict]] = {
     "bitfit": [{"biases": ["up", "norms"]}],
     "last-k": [{"k": 2}],
     "select": [{"parameters": ["embeddings", "mlp", ".*[.]0[.].*"], "exclude": "biases"}],
+    "houlsby": [{"reduction": 4, "init": "zero-up", "scale": 0.5, "activation": "tanh"}],
+    "pfeiffer": [{"activation": "silu", "leave_out": (0,)}],
+    "compacter": [{"reduction": 2, "rank": 2, "init": "zero-up", "scale": 3.0, "activation": "relu"}],
+    "parallel": [{"init": "normal", "scale": 1.0, "activation": "gelu"}],
 }
 """Options that change a formula and so deserve the laws of their own; the defaults are always tested."""
 
@@ -105,8 +113,10 @@ def _named(kind: str) -> dict[str, Method]:
 
 
 DELTAS: dict[str, WeightDelta] = _named("weight delta")
+INSERTS: dict[str, BlockInsert] = _named("block insert")
+OVER_LAYERS: dict[str, OverLayers] = {**DELTAS, **INSERTS}
 SELECTIONS = _named("selection")
-EVERY = {**DELTAS, **SELECTIONS}
+EVERY = {**OVER_LAYERS, **SELECTIONS}
 
 
 def _linear(dtype: torch.dtype) -> nn.Module:
@@ -133,14 +143,37 @@ STORAGES: dict[str, Callable[[], nn.Module]] = {
 """A frozen layer of 12 inputs and 20 outputs in each storage."""
 
 
-def adapted(method: WeightDelta, storage: str) -> AdaptedLinear:
-    """A layer of that storage with a fresh delta of the method."""
+def adapted(method: OverLayers, storage: str) -> AdaptedLinear:
+    """A layer of that storage with a fresh module of the method.
+
+    Under an insert it is the layer that ends a sub-layer; one that stands beside is shown what `went_in`.
+    """
     base = STORAGES[storage]()
     site = Site(20, 12, "layer.attention.query", "query", bias=True)
+    if isinstance(method, BlockInsert):
+        site = Site(20, 12, "layer.0.output.dense", "down", bias=True, begin="layer.0.intermediate.dense")
+    method.check(site)
     generator = torch.Generator().manual_seed(0)
     layer = AdaptedLinear(base, site)
     layer.add("default", method.delta(site, layer.frozen, method.share([site], generator), generator))
+    if isinstance(method, BlockInsert) and method.beside:
+        layer.register_forward_pre_hook(lambda _, inputs: setattr(layer, "beside", went_in(*inputs)))
     return layer
+
+
+def went_in(x: torch.Tensor) -> torch.Tensor:
+    """What the sub-layer was given that `adapted` ends, where its last layer is given x."""
+    generator = torch.Generator().manual_seed(4)
+    return torch.randn(*x.shape[:-1], 20, generator=generator).to(x.dtype).requires_grad_()
+
+
+def plain_output(layer: AdaptedLinear, x: torch.Tensor) -> torch.Tensor:
+    """What an adapted layer gives, by the plain formula of its module."""
+    weight = weight_of(layer.base).dense()
+    if isinstance(layer.delta, Delta):
+        return F.linear(x, layer.delta.merged(weight), layer.merged_bias)
+    h = F.linear(x, weight, layer.bias)
+    return h + layer.delta.added(went_in(x) if layer.delta.beside else h)
 
 
 def shaken(module: nn.Module, seed: int = 3) -> nn.Module:

@@ -12,19 +12,20 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import deltatune
-from conformance.cases import DELTAS, EVERY, PEFT_LACKS, bits, shaken
+from conformance.cases import DELTAS, EVERY, INSERTS, OVER_LAYERS, PEFT_LACKS, bits, shaken
 from deltatune.errors import UserError
 from deltatune.files import read_json, write_json
-from deltatune.methods import Method, WeightDelta
+from deltatune.methods import BlockInsert, Method, OverLayers
 from deltatune.models.adapters import TENSORS
 from deltatune.models.attach import adapted_layers, trainable_parameters
 from deltatune.training.checkpointing import checkpointing
 from tiny import ARCHITECTURES, tiny_inputs, tiny_model
 
 PLAIN = {name: method for name, method in EVERY.items() if "," not in name}
-PLAIN_DELTAS = {name: method for name, method in DELTAS.items() if "," not in name}
+PLAIN_OVER_LAYERS = {name: method for name, method in OVER_LAYERS.items() if "," not in name}
 every_method = pytest.mark.parametrize("method", PLAIN.values(), ids=PLAIN.keys())
-every_delta = pytest.mark.parametrize("method", DELTAS.values(), ids=DELTAS.keys())
+every_over_layers = pytest.mark.parametrize("method", OVER_LAYERS.values(), ids=OVER_LAYERS.keys())
+every_insert = pytest.mark.parametrize("method", INSERTS.values(), ids=INSERTS.keys())
 
 
 FEW = ("bert", "gpt2")
@@ -54,7 +55,7 @@ def trained(architecture: str, method: Method, seed: int = 0) -> PreTrainedModel
 @on_models(PLAIN, FEW)
 def test_training_starts_at_the_base(architecture: str, method: Method) -> None:
     model = deltatune.attach(tiny_model(architecture), method)
-    if isinstance(method, WeightDelta) and any(method.start_distance(s.site) for s in adapted_layers(model).values()):
+    if isinstance(method, OverLayers) and any(method.start_distance(s.site) for s in adapted_layers(model).values()):
         return  # how far from it is a law over one weight
     torch.testing.assert_close(logits(model), logits(tiny_model(architecture)))
 
@@ -65,8 +66,8 @@ def test_only_what_the_method_states_trains(architecture: str, method: Method) -
     head = sum(p.numel() for name, p in base.named_parameters() if not name.startswith(base.base_model_prefix + "."))
     model = deltatune.attach(tiny_model(architecture), method)
     count = sum(p.numel() for p in trainable_parameters(model).values())
-    if isinstance(method, WeightDelta):
-        sites = [layer.site for layer in adapted_layers(model).values()]
+    if isinstance(method, OverLayers):
+        sites = [layer.site for layer in adapted_layers(model).values() if layer.delta is not None]
         assert count == head + sum(map(method.parameters, sites)) + method.shared_parameters(sites)
         assert sites
     else:
@@ -97,7 +98,18 @@ def test_merging_keeps_the_output_and_unmerging_the_base(architecture: str, meth
     torch.testing.assert_close(logits(folded), before, atol=1e-4, rtol=1e-4)
 
 
-@on_models(PLAIN_DELTAS, FEW)
+@every_insert
+def test_a_method_without_a_merged_weight_refuses_to_merge_and_says_why(method: BlockInsert) -> None:
+    model = trained("bert", method)
+    before, output = bits(model), logits(model)
+    for act in (deltatune.merge, deltatune.fold):
+        with pytest.raises(UserError, match=f"{method.name} cannot be merged: it is not linear"):
+            act(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(logits(model), output)
+
+
+@on_models(PLAIN_OVER_LAYERS, FEW)
 def test_a_disabled_method_is_the_base(architecture: str, method: Method) -> None:
     model = trained(architecture, method)
     plain = tiny_model(architecture)
@@ -116,10 +128,10 @@ def test_a_saved_adapter_loads_to_the_same_bits(architecture: str, method: Metho
     model = trained(architecture, method)
     deltatune.save_adapter(model, tmp_path / "adapter", base="tiny")
     loaded = deltatune.load_adapter(tiny_model(architecture), tmp_path / "adapter")
-    if isinstance(method, WeightDelta) and not method.lossless:
+    if isinstance(method, OverLayers) and not method.lossless:
         torch.testing.assert_close(logits(loaded), logits(model))
         return
-    if isinstance(method, WeightDelta) and method.portable() != method:  # the file is that of another method
+    if isinstance(method, OverLayers) and method.portable() != method:  # the file is that of another method
         torch.testing.assert_close(logits(loaded), logits(model))
         deltatune.save_adapter(loaded, tmp_path / "again", base="tiny")
         before, after = load_file(tmp_path / "adapter" / TENSORS), load_file(tmp_path / "again" / TENSORS)
@@ -128,6 +140,14 @@ def test_a_saved_adapter_loads_to_the_same_bits(architecture: str, method: Metho
         return
     assert torch.equal(logits(loaded), logits(model))
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+@every_insert
+def test_the_files_in_peft_s_layout_alone_give_the_same_logits(method: BlockInsert, tmp_path: Path) -> None:
+    model = trained("bert", method)
+    deltatune.save_adapter(model, tmp_path)
+    (tmp_path / "deltatune.json").unlink()
+    assert torch.equal(logits(deltatune.load_adapter(tiny_model("bert"), tmp_path)), logits(model))
 
 
 @every_method
@@ -215,7 +235,7 @@ def read_by_peft(architecture: str, method: Method, folder: Path) -> peft.PeftMo
 
 
 @on_models(DELTAS)
-def test_peft_loads_ours_and_gives_the_same_logits(architecture: str, method: WeightDelta, tmp_path: Path) -> None:
+def test_peft_loads_ours_and_gives_the_same_logits(architecture: str, method: OverLayers, tmp_path: Path) -> None:
     model = trained(architecture, method)
     deltatune.save_adapter(model, tmp_path / "adapter", base="tiny")
     theirs = read_by_peft(architecture, method, tmp_path / "adapter").eval()
@@ -226,7 +246,7 @@ def test_peft_loads_ours_and_gives_the_same_logits(architecture: str, method: We
 
 @on_models(DELTAS, FEW)
 def test_what_peft_saves_again_loads_here_with_the_same_logits(
-    architecture: str, method: WeightDelta, tmp_path: Path
+    architecture: str, method: OverLayers, tmp_path: Path
 ) -> None:
     model = trained(architecture, method)
     deltatune.save_adapter(model, tmp_path / "ours")
@@ -236,8 +256,8 @@ def test_what_peft_saves_again_loads_here_with_the_same_logits(
     assert load_file(tmp_path / "theirs" / TENSORS).keys() == load_file(tmp_path / "ours" / TENSORS).keys()
 
 
-@every_delta
-def test_targets_that_match_nothing_are_refused_and_the_model_left_alone(method: WeightDelta) -> None:
+@every_over_layers
+def test_targets_that_match_nothing_are_refused_and_the_model_left_alone(method: OverLayers) -> None:
     model = tiny_model("bert")
     before = set(model.state_dict())
     with pytest.raises(UserError, match="'qurey' matches no layer") as caught:

@@ -2,6 +2,7 @@
 
 from deltatune.methods.adalora import AdaLoRA
 from deltatune.methods.bitfit import BitFit
+from deltatune.methods.compacter import Compacter
 from deltatune.methods.contract import (
     BaseParameter,
     BlockInsert,
@@ -21,6 +22,7 @@ from deltatune.methods.fourierft import FourierFT
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
 from deltatune.methods.hira import HiRA
+from deltatune.methods.houlsby import Houlsby
 from deltatune.methods.ia3 import IA3
 from deltatune.methods.last_k import LastK
 from deltatune.methods.loha import LoHa
@@ -29,6 +31,8 @@ from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
 from deltatune.methods.norms import Norms
 from deltatune.methods.oft import OFT
+from deltatune.methods.parallel import Parallel
+from deltatune.methods.pfeiffer import Pfeiffer
 from deltatune.methods.registry import METHODS, make, options_of
 from deltatune.methods.select import Select
 from deltatune.methods.shira import SHiRA
@@ -45,6 +49,7 @@ __all__ = [
     "BaseParameter",
     "BitFit",
     "BlockInsert",
+    "Compacter",
     "Delta",
     "DoRA",
     "EmbeddingDelta",
@@ -52,6 +57,7 @@ __all__ = [
     "Full",
     "Head",
     "HiRA",
+    "Houlsby",
     "Insert",
     "LastK",
     "LoHa",
@@ -62,6 +68,8 @@ __all__ = [
     "Norms",
     "Observer",
     "OverLayers",
+    "Parallel",
+    "Pfeiffer",
     "SHiRA",
     "Select",
     "Selection",

@@ -41,6 +41,8 @@ class Site:
     bias: bool = False
     """Whether the layer has a bias."""
     embedding: bool = False
+    begin: str = ""
+    """Path of the layer that takes in the feed-forward sub-layer which this one ends; empty where none is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,13 @@ class EmbeddingDelta(Protocol):
 
 @runtime_checkable
 class Insert(Protocol):
-    """The trained module after or beside a sub-layer, over the frozen linear layer that ends it."""
+    """The trained module after or beside a sub-layer, over the frozen linear layer that ends it.
+
+    One that stands beside is called with the sub-layer's own input as a fourth argument (tokens, out).
+    """
+
+    def added(self, h: Float[Tensor, "tokens out"]) -> Float[Tensor, "tokens out"]:
+        """The plain formula: what is added to the sub-layer's output; h is that output or, beside, the input."""
 
     def __call__(
         self, x: Float[Tensor, "tokens in"], weight: FrozenWeight, bias: Float[Tensor, " out"] | None
@@ -165,7 +173,10 @@ class OverLayers(Method, Protocol):
         """Bytes that one site keeps from forward to backward, its input included, in `itemsize` numbers."""
 
     def start_distance(self, site: Site) -> float:
-        """Root mean square of the entries of W' − W before training, roughly; 0 where training starts at the base."""
+        """Root mean square of the entries of W' − W before training, roughly; 0 where training starts at the base.
+
+        Of an insert: that of what it adds, where its input has a root mean square of 1.
+        """
         return 0.0
 
     # What it makes.
@@ -253,9 +264,14 @@ class WeightDelta(OverLayers, Protocol):
     kind: ClassVar[Kind] = "weight delta"
 
 
+@runtime_checkable
 class BlockInsert(OverLayers, Protocol):
     """A method whose modules act on what a sub-layer gives, found by the layer that ends it: each fulfils `Insert`."""
 
+    leave_out: tuple[int, ...]
+    """Numbers of the model's blocks that get no module, counted from 0; a decoder's follow its encoder's."""
+    beside: ClassVar[bool] = False
+    """Whether its modules read what goes into the sub-layer; what comes out of it otherwise."""
     kind: ClassVar[Kind] = "block insert"
     unmergeable: ClassVar[str] = "it is not linear in the layer's input, so no weight gives the same output"
 

@@ -10,12 +10,14 @@ from pydantic import TypeAdapter, ValidationError
 from deltatune.errors import UserError, unknown
 from deltatune.methods.adalora import AdaLoRA
 from deltatune.methods.bitfit import BitFit
+from deltatune.methods.compacter import Compacter
 from deltatune.methods.contract import Method
 from deltatune.methods.dora import DoRA
 from deltatune.methods.fourierft import FourierFT
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
 from deltatune.methods.hira import HiRA
+from deltatune.methods.houlsby import Houlsby
 from deltatune.methods.ia3 import IA3
 from deltatune.methods.last_k import LastK
 from deltatune.methods.loha import LoHa
@@ -24,6 +26,8 @@ from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
 from deltatune.methods.norms import Norms
 from deltatune.methods.oft import OFT
+from deltatune.methods.parallel import Parallel
+from deltatune.methods.pfeiffer import Pfeiffer
 from deltatune.methods.select import Select
 from deltatune.methods.shira import SHiRA
 from deltatune.methods.vblora import VBLoRA
@@ -51,6 +55,10 @@ _EVERY: tuple[type[Method], ...] = (
     Norms,
     LastK,
     Select,
+    Houlsby,
+    Pfeiffer,
+    Parallel,
+    Compacter,
 )
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _EVERY}
 """Every registered method, by its name."""

@@ -104,3 +104,25 @@ def _changed(
     if places is None:
         return (dense + made).to(dtype)
     return dense.to(dtype, copy=True).put_(places, (dense.take(places) + made).to(dtype))
+
+
+def through_frozen(
+    x: Float[Tensor, "tokens in"], weight: FrozenWeight, bias: Float[Tensor, " out"] | None
+) -> Float[Tensor, "tokens out"]:
+    """x·Wᵀ + bias through a weight that gets no gradient: nothing is kept for backward."""
+    y: Tensor = _ThroughFrozen.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _ThroughFrozen(torch.autograd.Function):
+    """Backward:   dx = dy·W,  db = Σ dy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: FrozenWeight, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return weight.matmul(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        wants_x, _, wants_bias = ctx.needs_input_grad
+        return ctx.weight.matmul_transposed(dy) if wants_x else None, None, dy.sum(0) if wants_bias else None

@@ -1,6 +1,6 @@
 """A layer with the deltas of one or more adapters over its frozen weight: what attaching puts in the layer's place."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,8 @@ class Adapted(nn.Module):
         self.site = site
         self.deltas = nn.ModuleDict()
         self.active: str | None = None
+        self.shows: dict[str, AdaptedLinear] = {}
+        """By adapter: the layer whose insert stands beside the sub-layer that this one begins, and reads its input."""
         self._before_merge: tuple[Tensor, Tensor | None] | tuple[QuantisedLinear] | None = None
 
     def add(self, name: str, delta: nn.Module) -> None:
@@ -32,6 +34,17 @@ class Adapted(nn.Module):
         if isinstance(own, nn.Parameter):
             with torch.no_grad():
                 own.copy_(self.base.bias)  # type: ignore[arg-type]  # the site says that there is one
+
+    def drop(self, name: str) -> None:
+        """Forgets what an adapter has here."""
+        if name in self.deltas:
+            del self.deltas[name]
+        self.shows.pop(name, None)
+
+    @property
+    def idle(self) -> bool:
+        """Whether no adapter has anything here."""
+        return not (self.deltas or self.shows)
 
     @property
     def delta(self) -> nn.Module | None:
@@ -114,15 +127,21 @@ class Adapted(nn.Module):
 class AdaptedLinear(Adapted):
     """An adapted `nn.Linear` or `Conv1D`; behaves as the layer it replaces."""
 
+    beside: Tensor | None = None
+    """What went into the sub-layer that this layer ends, until the insert that stands beside it has read it."""
+
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out). Under autocast, in its type."""
+        if self.active in self.shows:
+            self.shows[self.active].beside = x
+        output: Tensor
         if self._plain:
-            output: Tensor = self.base(x)
+            output = self.base(x)
             return output
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        output = cast(Delta, self.delta)(flat, self.frozen, self.bias)
+        beside, self.beside = self.beside, None
+        shown = () if beside is None else (_flat(beside),)
+        over: Any = self.delta  # a `Delta` or an `Insert`
+        output = over(_flat(x), self.frozen, self.bias, *shown)
         return output.view(*x.shape[:-1], -1)
 
     @property
@@ -134,6 +153,13 @@ class AdaptedLinear(Adapted):
     def out_features(self) -> int:
         """Rows of W, as on `nn.Linear`."""
         return self.site.out
+
+
+def _flat(x: Tensor) -> Tensor:
+    """x (…, features) as (tokens, features); under autocast, in its type."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return x.reshape(-1, x.shape[-1])
 
 
 class AdaptedEmbedding(Adapted):

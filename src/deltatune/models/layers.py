@@ -2,18 +2,19 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from deltatune.errors import UserError
-from deltatune.methods import Observer, OverLayers, Site
-from deltatune.models.adapted import Adapted, adapt
+from deltatune.methods import BlockInsert, Observer, OverLayers, Site
+from deltatune.models.adapted import Adapted, AdaptedLinear, adapt
 from deltatune.models.observe import Examples, observe
 from deltatune.models.part import Part
 from deltatune.models.roles import Role, embedding_roles, linear_roles
+from deltatune.models.sublayers import begin_of, in_blocks
 from deltatune.models.targets import Matched, adaptable, match
 from deltatune.weights import is_transposed, weight_of
 
@@ -45,6 +46,8 @@ class Layers(Part):
     layers: Mapping[str, Adapted]
     shared: nn.Module | None
     """What the method's modules have in common."""
+    begins: Mapping[str, Adapted] = field(default_factory=dict)
+    """The layers, by path, whose input the modules beside a sub-layer read."""
     trains_base: bool = False
 
     def __str__(self) -> str:
@@ -61,7 +64,7 @@ class Layers(Part):
 
     def switch(self, on: bool) -> None:
         """Makes its modules the layers' active ones, or none where they were."""
-        for layer in self.layers.values():
+        for layer in (*self.layers.values(), *self.begins.values()):
             if on:
                 layer.active = self.name
             elif layer.active == self.name:
@@ -70,9 +73,9 @@ class Layers(Part):
     def remove(self, model: nn.Module) -> None:
         """Deletes the modules; a layer without any stands in the model again as it was."""
         self.switch(False)
-        for path, layer in self.layers.items():
-            del layer.deltas[self.name]
-            if not layer.deltas:
+        for path, layer in (*self.layers.items(), *self.begins.items()):
+            layer.drop(self.name)
+            if layer.idle:
                 model.set_submodule(path, layer.base)
 
     def rates(self) -> dict[nn.Parameter, float]:
@@ -132,8 +135,10 @@ def place(model: nn.Module, method: OverLayers, head: tuple[str, ...]) -> Placed
     """
     roles = adaptable(model, head, embeddings=method.embeddings)
     matched = match(model, roles, method.targets)
+    if isinstance(method, BlockInsert):
+        matched = in_blocks(method, matched, roles)
     modules = _variants(model, method, {path: roles[path] for path in matched.paths})
-    sites = {path: _site(model, path, roles[path]) for path in modules}
+    sites = {path: _site(model, path, roles) for path in modules}
     for path, variant in modules.items():
         try:
             variant.check(sites[path])
@@ -157,18 +162,20 @@ def put_layers(
         method = method.informed(placed.modules, observers)
         placed = place(model, method, head)
     shared = method.share(list(placed.sites.values()), generator)
-    layers = {}
+    layers, begins = {}, {}
     for path, variant in placed.modules.items():
-        layer = model.get_submodule(path)
-        layer = layers[path] = layer if isinstance(layer, Adapted) else adapt(layer, placed.sites[path])
+        layer = layers[path] = _wrapped(model, path, placed.sites[path])
         delta = variant.delta(layer.site, layer.frozen, shared, generator).to(layer.weight.device)
         if path in observers:
             variant.begin(delta, observers.pop(path))  # what it saw can be as large as the weight
         layer.add(name, delta)
-        model.set_submodule(path, layer)
+        if isinstance(variant, BlockInsert) and variant.beside:
+            begin = layer.site.begin
+            begins[begin] = _wrapped(model, begin, _site(model, begin, adaptable(model, head)))
+            begins[begin].shows[name] = cast(AdaptedLinear, layer)
     for line in str(placed.matched).splitlines():
         log.info("%s: %s", method.name, line)
-    return Layers(method, name, placed.matched, placed.modules, layers, shared)
+    return Layers(method, name, placed.matched, placed.modules, layers, shared, begins)
 
 
 def _observed(model: nn.Module, placed: Placed, examples: Examples) -> dict[str, Observer]:
@@ -185,13 +192,22 @@ def _observed(model: nn.Module, placed: Placed, examples: Examples) -> dict[str,
     return observers
 
 
-def _site(model: nn.Module, path: str, role: Role) -> Site:
+def _wrapped(model: nn.Module, path: str, site: Site) -> Adapted:
+    """The layer at `path` in its adapted form, put into the model where it was not yet."""
+    layer = model.get_submodule(path)
+    if not isinstance(layer, Adapted):
+        layer = adapt(layer, site)
+        model.set_submodule(path, layer)
+    return layer
+
+
+def _site(model: nn.Module, path: str, roles: Mapping[str, Role]) -> Site:
     layer = model.get_submodule(path)
     if isinstance(layer, Adapted):
         return layer.site
-    weight = weight_of(layer)
-    has_bias = getattr(layer, "bias", None) is not None
-    return Site(weight.out, weight.in_, path, role, has_bias, isinstance(layer, nn.Embedding))
+    weight, has_bias = weight_of(layer), getattr(layer, "bias", None) is not None
+    begin = begin_of(path, roles)
+    return Site(weight.out, weight.in_, path, roles[path], has_bias, isinstance(layer, nn.Embedding), begin)
 
 
 def _variants(model: nn.Module, method: OverLayers, roles: Mapping[str, Role]) -> dict[str, OverLayers]:

@@ -75,6 +75,7 @@ ALIASES: Mapping[str, frozenset[Role]] = {
     "attention": frozenset({"query", "key", "value", "qkv", "attention-output", "attention"}),
     "attention-qv": frozenset({"query", "value", "qkv"}),
     "attention-kv": frozenset({"key", "value", "qkv"}),
+    "attention-output": frozenset({"attention-output"}),
     "mlp": frozenset({"gate", "up", "down"}),
     "mlp-down": frozenset({"down"}),
     "embeddings": frozenset({"token-embedding"}),
