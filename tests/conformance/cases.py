@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from deltatune.methods import METHODS, Method, Site, WeightDelta, make
+from deltatune.methods import METHODS, Method, Site, SoftPrompt, WeightDelta, make
 from deltatune.models.adapted import AdaptedLinear
 
 FITTING: dict[str, dict] = {
@@ -19,6 +19,9 @@ FITTING: dict[str, dict] = {
     "waveft": {"coefficients": 60},
     "fourierft": {"coefficients": 60},
     "shira": {"rank": 3},
+    "prompt": {"virtual_tokens": 5},
+    "ptuning": {"virtual_tokens": 5, "hidden": 8},
+    "prefix": {"virtual_tokens": 5, "hidden": 8},
 }
 """Options without which a method does not fit layers as small as the ones here."""
 
@@ -72,6 +75,9 @@ VARIANTS: dict[str, list[dict]] = {
     "shira": [
         {"rank": 7, "mask_seed": 5},
     ],
+    "prompt": [{"init": "noise"}, {"init": "text", "token_ids": (7, 9, 4)}],
+    "ptuning": [{"encoder": "lstm"}],
+    "prefix": [{"projection": True}],
 }
 """Options that change a formula and so deserve the laws of their own; the defaults are always tested."""
 
@@ -98,6 +104,7 @@ def _named(kind: str) -> dict[str, Method]:
 
 
 DELTAS: dict[str, WeightDelta] = _named("weight delta")
+PROMPTS: dict[str, SoftPrompt] = _named("soft prompt")
 SELECTIONS = _named("selection")
 EVERY = {**DELTAS, **SELECTIONS}
 

@@ -9,8 +9,10 @@ from deltatune.methods.contract import (
     Method,
     Observer,
     OverLayers,
+    Seat,
     Selection,
     Site,
+    SoftPrompt,
     Targets,
     WeightDelta,
 )
@@ -25,6 +27,9 @@ from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
 from deltatune.methods.oft import OFT
+from deltatune.methods.prefix import Prefix
+from deltatune.methods.prompt import Prompt
+from deltatune.methods.ptuning import PTuning
 from deltatune.methods.registry import METHODS, make, options_of, parse, parse_option
 from deltatune.methods.shira import SHiRA
 from deltatune.methods.vblora import VBLoRA
@@ -52,9 +57,14 @@ __all__ = [
     "MiSS",
     "Observer",
     "OverLayers",
+    "PTuning",
+    "Prefix",
+    "Prompt",
     "SHiRA",
+    "Seat",
     "Selection",
     "Site",
+    "SoftPrompt",
     "Targets",
     "VBLoRA",
     "VeRA",

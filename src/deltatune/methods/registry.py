@@ -22,6 +22,9 @@ from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
 from deltatune.methods.oft import OFT
+from deltatune.methods.prefix import Prefix
+from deltatune.methods.prompt import Prompt
+from deltatune.methods.ptuning import PTuning
 from deltatune.methods.shira import SHiRA
 from deltatune.methods.vblora import VBLoRA
 from deltatune.methods.vera import VeRA
@@ -44,6 +47,9 @@ _EVERY: tuple[type[Method], ...] = (
     WaveFT,
     FourierFT,
     SHiRA,
+    Prompt,
+    PTuning,
+    Prefix,
 )
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _EVERY}
 """Every registered method, by its name."""

@@ -21,7 +21,7 @@ class Training(BaseModel):
     warmup: float = Field(0.06, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from 0."""
     batch_tokens: int = Field(1024, ge=1)
-    """Tokens in a batch, padding included: its size follows the length of its examples."""
+    """Tokens in a batch, padding included but no virtual tokens: its size follows the length of its examples."""
     accumulate: int = Field(1, ge=1)
     """Batches whose gradients are summed into one optimiser step."""
     weight_decay: float = Field(0.01, ge=0)
