@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from deltatune.methods import METHODS, BlockInsert, Delta, Method, OverLayers, Site, WeightDelta, make
+from deltatune.methods import METHODS, BlockInsert, Delta, Method, OverLayers, Site, SoftPrompt, WeightDelta, make
 from deltatune.models.adapted import AdaptedLinear
 from deltatune.weights import QuantisedLinear, Storage, weight_of
 
@@ -26,6 +26,9 @@ FITTING: dict[str, dict] = {
     "houlsby": {"reduction": 8},
     "pfeiffer": {"reduction": 8},
     "compacter": {"reduction": 5, "n": 2},
+    "prompt": {"virtual_tokens": 5},
+    "ptuning": {"virtual_tokens": 5, "hidden": 8},
+    "prefix": {"virtual_tokens": 5, "hidden": 8},
 }
 """Options without which a method does not fit layers as small as the ones here, or has nothing to do."""
 
@@ -87,6 +90,9 @@ VARIANTS: dict[str, list[dict]] = {
     "pfeiffer": [{"activation": "silu", "leave_out": (0,)}],
     "compacter": [{"reduction": 2, "rank": 2, "init": "zero-up", "scale": 3.0, "activation": "relu"}],
     "parallel": [{"init": "normal", "scale": 1.0, "activation": "gelu"}],
+    "prompt": [{"init": "noise"}, {"init": "text", "token_ids": (7, 9, 4)}],
+    "ptuning": [{"encoder": "lstm"}],
+    "prefix": [{"projection": True}],
 }
 """Options that change a formula and so deserve the laws of their own; the defaults are always tested."""
 
@@ -115,6 +121,7 @@ def _named(kind: str) -> dict[str, Method]:
 DELTAS: dict[str, WeightDelta] = _named("weight delta")
 INSERTS: dict[str, BlockInsert] = _named("block insert")
 OVER_LAYERS: dict[str, OverLayers] = {**DELTAS, **INSERTS}
+PROMPTS: dict[str, SoftPrompt] = _named("soft prompt")
 SELECTIONS = _named("selection")
 EVERY = {**OVER_LAYERS, **SELECTIONS}
 
