@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from deltatune.errors import UserError, unknown
 from deltatune.methods.adalora import AdaLoRA
+from deltatune.methods.adapterfusion import AdapterFusion
 from deltatune.methods.compacter import Compacter
 from deltatune.methods.contract import Method
 from deltatune.methods.dora import DoRA
@@ -52,6 +53,7 @@ _EVERY: tuple[type[Method], ...] = (
     Pfeiffer,
     Parallel,
     Compacter,
+    AdapterFusion,
 )
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _EVERY}
 """Every registered method, by its name."""
