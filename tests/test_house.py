@@ -9,7 +9,7 @@ import deltatune
 
 SOURCE = Path(deltatune.__file__).parent
 ROOMS = ("weights", "methods", "models", "data", "training", "planning", "comparing", "serving", "cli")
-GROUND = {"dropout", "errors", "files", "packages"}
+GROUND = {"dropout", "errors", "files", "packages", "words"}
 """Modules that every room may use; they use no room."""
 
 

@@ -38,7 +38,7 @@ def test_help_takes_less_than_a_second_and_shows_examples(command):
         for _ in range(2)
     ]
     (took, done), (smallest, _) = (min(each, key=lambda pair: pair[0]) for each in zip(*rounds, strict=True))
-    # A machine may be slow as a whole: there the second is stretched by what help costs the smallest program with commands.
+    # A machine may be slow as a whole: the second is stretched by what help costs the smallest program with commands.
     assert took < max(1, 2 * smallest)
     assert (done.returncode, done.stderr) == (0, "")
     assert all(name in done.stdout for name in (COMMANDS if not command else ("Examples", f"deltatune {command[0]} ")))

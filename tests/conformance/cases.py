@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from deltatune.methods import METHODS, BlockInsert, Delta, Method, OverLayers, Site, WeightDelta, make
 from deltatune.models.adapted import AdaptedLinear
-from deltatune.weights import weight_of
+from deltatune.weights import QuantisedLinear, Storage, weight_of
 
 FITTING: dict[str, dict] = {
     "adalora": {"init_r": 6, "target_r": 3},
@@ -25,8 +25,10 @@ FITTING: dict[str, dict] = {
     "pfeiffer": {"reduction": 8},
     "compacter": {"reduction": 5, "n": 2},
     "adapterfusion": {"parts": ({"reduction": 4}, {"reduction": 8, "activation": "gelu", "scale": 2.0})},
+    "last-k": {"k": 1},
+    "select": {"parameters": "attention"},
 }
-"""Options without which a method does not fit layers as small as the ones here."""
+"""Options without which a method does not fit layers as small as the ones here, or has nothing to do."""
 
 VARIANTS: dict[str, list[dict]] = {
     "lora": [
@@ -82,6 +84,10 @@ VARIANTS: dict[str, list[dict]] = {
     "pfeiffer": [{"activation": "silu", "leave_out": (0,)}],
     "compacter": [{"reduction": 2, "rank": 2, "init": "zero-up", "scale": 3.0, "activation": "relu"}],
     "parallel": [{"init": "normal", "scale": 1.0, "activation": "gelu"}],
+    "full": [{"exclude": ["embeddings", "norms"]}],
+    "bitfit": [{"biases": ["up", "norms"]}],
+    "last-k": [{"k": 2}],
+    "select": [{"parameters": ["embeddings", "mlp", ".*[.]0[.].*"], "exclude": "biases"}],
 }
 """Options that change a formula and so deserve the laws of their own; the defaults are always tested."""
 
@@ -133,6 +139,7 @@ STORAGES: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: _linear(torch.float32),
     "linear-bf16": lambda: _linear(torch.bfloat16),
     "conv1d": _conv1d,
+    "nf4": lambda: QuantisedLinear.of(_linear(torch.float32), Storage("nf4", block=16)),
 }
 """A frozen layer of 12 inputs and 20 outputs in each storage."""
 

@@ -15,7 +15,7 @@ PAIRS = {
     f"{storage}-{name}": (method, storage)
     for name, method in OVER_LAYERS.items()
     for storage in STORAGES
-    if not ("," in name and storage == "linear-bf16")  # variants change the formula, not how it is rounded
+    if not ("," in name and storage in ("linear-bf16", "nf4"))  # variants change the formula, not what it is over
 }
 DELTA_PAIRS = {name: pair for name, pair in PAIRS.items() if pair[0] in DELTAS.values()}
 on_every_storage = pytest.mark.parametrize(("method", "storage"), PAIRS.values(), ids=PAIRS.keys())
@@ -104,6 +104,19 @@ def test_a_disabled_delta_is_the_base_bit_for_bit(method: OverLayers, storage: s
     layer.active = None
     x = inputs(layer, 2, 5)
     assert torch.equal(layer(x), layer.base(x))
+
+
+@on_every_storage
+def test_what_an_evaluation_leaves_behind_serves_training(method: OverLayers, storage: str) -> None:
+    layer = shaken(adapted(method, storage))
+    x = inputs(layer, 2, 5)
+    with torch.inference_mode():
+        before = layer.eval()(x)
+    y = layer.train()(x)
+    y.square().sum().backward()
+    assert all(p.grad is not None for p in layer.parameters() if p.requires_grad)
+    if not getattr(method, "dropout", 0.0):
+        torch.testing.assert_close(y, before)
 
 
 @deltas_on_every_storage

@@ -18,6 +18,7 @@ from deltatune.files import read_json, write_json
 from deltatune.methods import BlockInsert, Method, OverLayers
 from deltatune.models.adapters import TENSORS
 from deltatune.models.attach import adapted_layers, trainable_parameters
+from deltatune.training.checkpointing import checkpointing
 from tiny import ARCHITECTURES, tiny_inputs, tiny_model
 
 PLAIN = {name: method for name, method in EVERY.items() if "," not in name}
@@ -70,7 +71,7 @@ def test_only_what_the_method_states_trains(architecture: str, method: Method) -
         assert count == head + sum(map(method.parameters, sites)) + method.shared_parameters(sites)
         assert sites
     else:
-        chosen = sum(p.numel() for n, p in base.base_model.named_parameters() if method.selects(n))
+        chosen = sum(p.numel() for part in model.attachment.parts for p in part.trained())
         assert count == head + chosen
     before = bits(model)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
@@ -211,13 +212,12 @@ def test_non_finite_values_are_never_saved(method: Method, tmp_path: Path) -> No
 
 @on_models(PLAIN, FEW)
 def test_gradient_checkpointing_changes_nothing(architecture: str, method: Method) -> None:
-    def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
+    def gradients(on: bool) -> dict[str, torch.Tensor]:
         model = trained(architecture, method).train()
-        if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
         torch.manual_seed(0)
-        model(**tiny_inputs(), labels=torch.tensor([0, 1, 2])).loss.backward()
+        with checkpointing(model, on):
+            model(**tiny_inputs(), labels=torch.tensor([0, 1, 2])).loss.backward()
         return {name: p.grad for name, p in trainable_parameters(model).items() if p.grad is not None}
 
     plain, checkpointed = gradients(False), gradients(True)

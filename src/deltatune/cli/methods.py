@@ -31,7 +31,7 @@ def command(
     """Lists the methods, or the options of one; counts their parameters on a base."""
     from deltatune.cli.progress import waiting
     from deltatune.methods.describe import describe, describe_all
-    from deltatune.methods.registry import parse
+    from deltatune.words import parse
 
     chosen, given = parse(name) if name else ("", {})
     methods: list[dict[str, Any]] = [describe(chosen)] if chosen else describe_all()

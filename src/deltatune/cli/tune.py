@@ -14,6 +14,8 @@ EXAMPLES = """
     deltatune tune --method lora --out my-adapter
 
     deltatune tune --base ./my-bert --data reviews.csv --method lora --set rank=16 --epochs 3 --out my-adapter
+
+    deltatune tune --method dora --storage nf4 --out my-qdora
 """
 
 
@@ -25,6 +27,10 @@ def command(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Option of the method, such as rank=8; several times.")
     ] = None,
+    storage: Annotated[
+        str,
+        typer.Option(help="Storage of the base: nf4, fp4, nf3, nf2, int8, bf16, fp32; by target {mlp: nf4, …}."),
+    ] = "",
     seed: Annotated[int, typer.Option(help="Decides the head, the order of examples and the dropout.")] = 0,
     text: options.Text = None,
     label: options.Label = "",
@@ -50,7 +56,7 @@ def command(
         content = {
             "base": base,
             "data": options.data_choice(data, text, label, train, validation, test),
-            "methods": [{"method": name, "options": given | dict(map(parse_option, set_ or []))}],
+            "methods": [{"method": name, "options": given | dict(map(parse_option, set_ or [])), "storage": storage}],
             "seeds": [seed],
             "training": options.training(epochs, learning_rate, precision, setting),
         }

@@ -24,6 +24,7 @@ from deltatune.models.adapters import save_adapter
 from deltatune.models.attach import trainable_parameters
 from deltatune.models.base import find_base, load
 from deltatune.models.count import count
+from deltatune.models.quantise import total_parameters
 from deltatune.training.evaluation import evaluate
 from deltatune.training.events import Event, EventFile, Listener, Step
 from deltatune.training.memory import peak, resident
@@ -46,7 +47,7 @@ def run_cell(cell: Cell, folder: Path, listen: Listener = ignore) -> CellResult:
     data = read_data(cell)
     baseline = resident()
     count(find_base(cell.base, cell.base_revision), cell.method.make(), data.labels)  # refuses before weights are read
-    base = load(cell.base, revision=cell.base_revision, labels=data.labels, seed=cell.seed)
+    base = load(cell.base, revision=cell.base_revision, labels=data.labels, seed=cell.seed, storage=cell.method.storage)
     steps: list[Step] = []
 
     def note(event: Event) -> None:
@@ -80,7 +81,7 @@ def run_cell(cell: Cell, folder: Path, listen: Listener = ignore) -> CellResult:
         peak_bytes=peak(),
         baseline_bytes=baseline,
         trainable=sum(p.numel() for p in trainable_parameters(base.model).values()),
-        total=sum(p.numel() for p in base.model.parameters()),
+        total=total_parameters(base.model),
         adapter_bytes=sum(file.stat().st_size for file in (folder / ADAPTER).iterdir()),
         model_bytes=sum(t.nbytes for t in (*base.model.parameters(), *base.model.buffers())),
         precision=tuned.precision,

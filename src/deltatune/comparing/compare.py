@@ -114,9 +114,8 @@ def _check_methods(experiment: Experiment, place: Place, data: TextData) -> dict
     """
     matched = {}
     for choice in experiment.methods:
-        model = outline(place, labels=data.labels)
         try:
-            attach(model, choice.make())
+            model = attach(outline(place, labels=data.labels, storage=choice.storage), choice.make())
         except UserError as error:
             raise UserError(f"{choice.label}: {error.message}", error.hint) from error
         matched[choice.label] = "\n".join(map(str, model.attachment.parts))

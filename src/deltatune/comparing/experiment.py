@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from deltatune.errors import UserError, nearest
 from deltatune.methods import Method, make, options_of, parse
+from deltatune.models.quantise import read_storages
 from deltatune.training.settings import Training
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -57,6 +58,8 @@ class MethodChoice(BaseModel):
     """What tables and plots call it; made from the name and the options where left out."""
     learning_rate: float | None = Field(None, gt=0)
     """Its own peak learning rate, in place of the experiment's."""
+    storage: dict[str, str] = {}
+    """How the base's linear layers are stored, such as nf4, or by target: {mlp: nf4, attention: int8}."""
 
     @model_validator(mode="before")
     @classmethod
@@ -64,15 +67,17 @@ class MethodChoice(BaseModel):
         """Words become fields, and every hyperparameter that was left out gets its value."""
         if isinstance(value, str):
             name, options = parse(value)
-            value = {"method": name, "learning_rate": options.pop("learning_rate", None), "options": options}
+            own = {key: options.pop(key) for key in ("learning_rate", "storage") if key in options}
+            value = {"method": name, **own, "options": options}
         if not (isinstance(value, Mapping) and isinstance(value.get("method"), str)):
             return value
         name, options = value["method"], value.get("options") or {}
         if not isinstance(options, Mapping):
             return value
-        rate = {"learning_rate": value["learning_rate"]} if value.get("learning_rate") else {}
-        label = value.get("label") or _label(name, {**options, **rate})
-        return {**value, "label": label, "options": options_of(make(name, options))}
+        own = {key: value[key] for key in ("learning_rate", "storage") if value.get(key)}
+        label = value.get("label") or _label(name, {**options, **own})
+        storage = read_storages(value.get("storage") or "")
+        return {**value, "label": label, "options": options_of(make(name, options)), "storage": storage}
 
     def make(self) -> Method:
         """The method itself."""
@@ -226,6 +231,8 @@ def _label(name: str, options: Mapping[str, Any]) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        value = [f"{key}:{one}" for key, one in value.items()]
     return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 

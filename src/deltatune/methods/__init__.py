@@ -2,8 +2,10 @@
 
 from deltatune.methods.adalora import AdaLoRA
 from deltatune.methods.adapterfusion import AdapterFusion
+from deltatune.methods.bitfit import BitFit
 from deltatune.methods.compacter import Compacter
 from deltatune.methods.contract import (
+    BaseParameter,
     BlockInsert,
     Delta,
     EmbeddingDelta,
@@ -23,18 +25,22 @@ from deltatune.methods.head import Head
 from deltatune.methods.hira import HiRA
 from deltatune.methods.houlsby import Houlsby
 from deltatune.methods.ia3 import IA3
+from deltatune.methods.last_k import LastK
 from deltatune.methods.loha import LoHa
 from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
+from deltatune.methods.norms import Norms
 from deltatune.methods.oft import OFT
 from deltatune.methods.parallel import Parallel
 from deltatune.methods.pfeiffer import Pfeiffer
-from deltatune.methods.registry import METHODS, make, options_of, parse, parse_option
+from deltatune.methods.registry import METHODS, make, options_of
+from deltatune.methods.select import Select
 from deltatune.methods.shira import SHiRA
 from deltatune.methods.vblora import VBLoRA
 from deltatune.methods.vera import VeRA
 from deltatune.methods.waveft import WaveFT
+from deltatune.words import parse, parse_option
 
 __all__ = [
     "IA3",
@@ -42,6 +48,8 @@ __all__ = [
     "OFT",
     "AdaLoRA",
     "AdapterFusion",
+    "BaseParameter",
+    "BitFit",
     "BlockInsert",
     "Compacter",
     "Delta",
@@ -53,16 +61,19 @@ __all__ = [
     "HiRA",
     "Houlsby",
     "Insert",
+    "LastK",
     "LoHa",
     "LoKr",
     "LoRA",
     "Method",
     "MiSS",
+    "Norms",
     "Observer",
     "OverLayers",
     "Parallel",
     "Pfeiffer",
     "SHiRA",
+    "Select",
     "Selection",
     "Site",
     "Targets",

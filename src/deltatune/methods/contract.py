@@ -6,7 +6,7 @@ command line, in comparisons, in the docs and in the conformance tests. A method
 that most methods do not need: those have a default here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -43,6 +43,18 @@ class Site:
     embedding: bool = False
     begin: str = ""
     """Path of the layer that takes in the feed-forward sub-layer which this one ends; empty where none is known."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseParameter:
+    """A parameter of the base as a selection sees it: by what it is, without its values."""
+
+    names: tuple[str, ...]
+    """Its names in the base; a tied one has several. It is saved under the first."""
+    words: frozenset[str] = frozenset()
+    """What it is: `biases`, `norms`, `embeddings`, its layer's role and the aliases that this role has."""
+    block: int | None = None
+    """Which block it lies in, counted from the input, a decoder's after its encoder's; None outside of the blocks."""
 
 
 @runtime_checkable
@@ -272,5 +284,8 @@ class BlockInsert(OverLayers, Protocol):
 class Selection(Method, Protocol):
     """A method that adds nothing: it names parameters of the base that train."""
 
-    def selects(self, parameter: str) -> bool:
-        """Whether the parameter of that name trains. The classification head always does."""
+    def select(self, parameters: Sequence[BaseParameter]) -> Collection[BaseParameter]:
+        """Those of the base's parameters that train; the head, which is not among them, always does.
+
+        Raises `UserError` where a hyperparameter names none, or more than there are.
+        """

@@ -218,6 +218,7 @@ class _Decomposed(nn.Module):
         norm = torch.linalg.vector_norm(V, dim=dim, keepdim=True)
         return (self.m[:, None] / _divisor(norm.detach()) * V).to(weight.dtype)
 
+    @torch.inference_mode(False)  # what an evaluation leaves behind serves the next training step
     @torch.no_grad()
     def norm(self, weight: FrozenWeight, dtype: torch.dtype) -> Float[Tensor, " magnitudes"]:
         """What m is divided by. The product with W is computed in `dtype`, everything else in that of A.

@@ -11,6 +11,7 @@ from deltatune.methods.contract import Site
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # first wanted in an evaluation, they serve training as well
 def random_places(entries: int, count: int, seed: int) -> Int[Tensor, " count"]:
     """The first `count` of all `entries` in random order: PEFT's draw. Layers of one shape share it: not to be written.
 

@@ -1,14 +1,19 @@
 """Full fine-tuning: every parameter of the base trains. What all other methods are measured against."""
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from deltatune.methods.contract import CONFIG, Kind
+from deltatune.methods.choose import choose
+from deltatune.methods.contract import CONFIG, BaseParameter, Kind, Targets
 
 
 @dataclass(frozen=True, slots=True)
 class Full:
     """Trains every parameter of the base."""
+
+    exclude: Targets = ()
+    """What stays frozen: `embeddings`, `norms`, `biases`, roles, or regular expressions for whole parts of names."""
 
     name: ClassVar[str] = "full"
     title: ClassVar[str] = "Full fine-tuning"
@@ -18,6 +23,6 @@ class Full:
     peft_type: ClassVar[str] = "DELTATUNE_FULL"
     __pydantic_config__ = CONFIG
 
-    def selects(self, parameter: str) -> bool:
-        """Every parameter."""
-        return True
+    def select(self, parameters: Sequence[BaseParameter]) -> Collection[BaseParameter]:
+        """Every parameter but the excluded."""
+        return set(parameters) - choose(self.name, self.exclude, parameters)

@@ -3,10 +3,11 @@
 Alain and Bengio 2016, arXiv 1610.01644.
 """
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from deltatune.methods.contract import CONFIG, Kind
+from deltatune.methods.contract import CONFIG, BaseParameter, Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,6 @@ class Head:
     peft_type: ClassVar[str] = "DELTATUNE_HEAD"
     __pydantic_config__ = CONFIG
 
-    def selects(self, parameter: str) -> bool:
+    def select(self, parameters: Sequence[BaseParameter]) -> Collection[BaseParameter]:
         """None of the base; the head trains with every method."""
-        return False
+        return ()

@@ -1,16 +1,16 @@
-"""The methods there are, by name, and how words become one: `lora:rank=8,targets=[query, value]` → LoRA(rank=8, …)."""
+"""The methods there are, by name, and how one is made from its name and options."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import fields
+from functools import cache
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from deltatune.errors import UserError, unknown
 from deltatune.methods.adalora import AdaLoRA
 from deltatune.methods.adapterfusion import AdapterFusion
+from deltatune.methods.bitfit import BitFit
 from deltatune.methods.compacter import Compacter
 from deltatune.methods.contract import Method
 from deltatune.methods.dora import DoRA
@@ -20,13 +20,16 @@ from deltatune.methods.head import Head
 from deltatune.methods.hira import HiRA
 from deltatune.methods.houlsby import Houlsby
 from deltatune.methods.ia3 import IA3
+from deltatune.methods.last_k import LastK
 from deltatune.methods.loha import LoHa
 from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
+from deltatune.methods.norms import Norms
 from deltatune.methods.oft import OFT
 from deltatune.methods.parallel import Parallel
 from deltatune.methods.pfeiffer import Pfeiffer
+from deltatune.methods.select import Select
 from deltatune.methods.shira import SHiRA
 from deltatune.methods.vblora import VBLoRA
 from deltatune.methods.vera import VeRA
@@ -54,6 +57,10 @@ _EVERY: tuple[type[Method], ...] = (
     Parallel,
     Compacter,
     AdapterFusion,
+    BitFit,
+    Norms,
+    LastK,
+    Select,
 )
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _EVERY}
 """Every registered method, by its name."""
@@ -69,37 +76,24 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
         if option not in known:
             raise unknown(f"{name} option", option, known)
     try:
-        return TypeAdapter(kind).validate_python(dict(options))
+        return _reader(kind).validate_python(dict(options))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if not str(part).startswith(("tuple[", "str")))
-        schema = TypeAdapter(kind).json_schema()["properties"].get(place.partition(".")[0], {})
+        schema = _reader(kind).json_schema()["properties"].get(place.partition(".")[0], {})
         hint = (
             f"{place}: {schema['description']}" if "description" in schema else f"`deltatune methods {name}` lists them"
         )
         raise UserError(f"{name}: {place} = {first['input']!r}: {first['msg'].lower()}", hint) from error
 
 
-def parse(words: str) -> tuple[str, dict[str, Any]]:
-    """Splits `name:option=value,…` into its name and options; values are read as YAML, so `[a, b]` is a list."""
-    name, _, rest = words.partition(":")
-    # Commas separate options only where a `key=` follows; the others belong to lists and regular expressions.
-    pairs = re.split(r",(?=\s*\w+=)", rest) if rest else []
-    return name.strip(), dict(parse_option(pair) for pair in pairs)
-
-
-def parse_option(words: str) -> tuple[str, Any]:
-    """Splits `option=value`; the value is read as YAML."""
-    key, equals, value = words.partition("=")
-    if not equals or not key.strip():
-        raise UserError(f"'{words}' is not an option", "write it as name=value, such as rank=8")
-    try:
-        return key.strip(), yaml.safe_load(value)
-    except yaml.YAMLError:
-        return key.strip(), value
-
-
 def options_of(method: Method) -> dict[str, Any]:
     """Every hyperparameter of a method with its value, defaults included, ready for JSON and YAML."""
-    dumped: dict[str, Any] = TypeAdapter(type(method)).dump_python(method, mode="json")
+    dumped: dict[str, Any] = _reader(type(method)).dump_python(method, mode="json")
     return dumped
+
+
+@cache
+def _reader(kind: type[Method]) -> TypeAdapter[Method]:
+    """What reads and writes a method's options; to make one takes longer than to use it."""
+    return TypeAdapter(kind)

@@ -129,6 +129,18 @@ class Projections(nn.Module):
         for name, shape in (("A", (method.rank, in_)), ("B", (out, method.rank))):
             bound = math.sqrt(3.0) * (math.sqrt(2) / math.sqrt(shape[1]))  # in PEFT's order, for the same bits
             self.register_buffer(name, torch.empty(shape).uniform_(-bound, bound, generator=generator))
+        self._cast: dict[str, tuple[tuple[torch.device, torch.dtype, int], Tensor]] = {}
+
+    @torch.inference_mode(False)
+    def cast(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A or B in another type. It is frozen, so one copy serves every layer and step until it is loaded anew."""
+        stored: Tensor = getattr(self, name)
+        if stored.dtype == dtype:
+            return stored
+        state = (stored.device, dtype, stored._version)
+        if name not in self._cast or self._cast[name][0] != state:
+            self._cast[name] = (state, stored.to(dtype))
+        return self._cast[name][1]
 
 
 class VeRADelta(nn.Module):
@@ -162,12 +174,16 @@ class VeRADelta(nn.Module):
     ) -> Float[Tensor, "tokens out"]:
         """The same output from two products of width `rank`, the weight left alone."""
         z = dropout(x, self.dropout) if self.training and self.dropout > 0 else None
-        y: Tensor = _Scaled.apply(x, z, weight, bias, self.A, self.B, self.lambda_b, self.lambda_d)  # type: ignore[no-untyped-call]
+        A = self.projections.cast("A", x.dtype)[:, : self.in_]
+        B = self.projections.cast("B", x.dtype)[: self.lambda_b.numel()]
+        y: Tensor = _Scaled.apply(x, z, weight, bias, A, B, self.lambda_b, self.lambda_d)  # type: ignore[no-untyped-call]
         return y
 
 
 class _Scaled(torch.autograd.Function):
     """y = x·Wᵀ + b + h·Sᵀ with h = z·Aᵀ and S = diag(λ_b)·B·diag(λ_d), for z the dropped input, or None where it is x.
+
+    A and B come in the type of x.
 
     Both vectors' gradients come from one product, P = B ⊙ (dyᵀ·h):   dλ_b = P·λ_d,  dλ_d = Pᵀ·λ_b. So x is not kept.
     dx = dy·W + (dy·S)·A, or dy·(W + S·A): by whichever takes fewer operations.
@@ -185,16 +201,16 @@ class _Scaled(torch.autograd.Function):
         lambda_b: Tensor,
         lambda_d: Tensor,
     ) -> Tensor:
-        h = (x if z is None else z) @ A.to(x.dtype).T  # (tokens, rank)
+        h = (x if z is None else z) @ A.T  # (tokens, rank)
         ctx.save_for_backward(h, lambda_b, lambda_d)
         ctx.weight, ctx.A, ctx.B, ctx.dropped = weight, A, B, z is not None
-        return weight.matmul(x, bias).addmm_(h, _scaled(B, lambda_b, lambda_d).to(x.dtype).T)
+        return weight.matmul(x, bias).addmm_(h, _scaled(B, lambda_b, lambda_d).T)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         h, lambda_b, lambda_d = ctx.saved_tensors
         wants_x, wants_z, _, wants_bias, *_ = ctx.needs_input_grad
-        A, S = ctx.A.to(dy.dtype), _scaled(ctx.B, lambda_b, lambda_d).to(dy.dtype)
+        A, S = ctx.A, _scaled(ctx.B, lambda_b, lambda_d)
         tokens, (out, in_) = dy.shape[0], (S.shape[0], A.shape[1])
         dx = dz = None
         if wants_x and not ctx.dropped and tokens * (out + in_) > out * in_:
@@ -206,9 +222,10 @@ class _Scaled(torch.autograd.Function):
         if wants_z:
             dz = (dy @ S) @ A
         bias = dy.sum(0) if wants_bias else None
-        P = (dy.T @ h).to(ctx.B.dtype).mul_(ctx.B)  # (out, rank)
-        return dx, dz, None, bias, None, None, P @ lambda_d, lambda_b @ P
+        P = (dy.T @ h).mul_(ctx.B)  # (out, rank)
+        in_b, in_d = P @ lambda_d.to(P.dtype), lambda_b.to(P.dtype) @ P
+        return dx, dz, None, bias, None, None, in_b.to(lambda_b.dtype), in_d.to(lambda_d.dtype)
 
 
 def _scaled(B: Tensor, lambda_b: Tensor, lambda_d: Tensor) -> Tensor:
-    return (lambda_b[:, None] * B).mul_(lambda_d)
+    return (lambda_b.to(B.dtype)[:, None] * B).mul_(lambda_d.to(B.dtype))

@@ -260,6 +260,7 @@ def _along(places: Int[Tensor, " p"], side: int, length: int) -> tuple[Int[Tenso
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _patches(
     out: int, in_: int, count: int, seed: int, length: int
 ) -> tuple[Int[Tensor, "2 count"], Int[Tensor, " count"]]:
@@ -271,6 +272,7 @@ def _patches(
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _blocks(
     out: int, in_: int, count: int, seed: int
 ) -> tuple[int, Int[Tensor, " count"], Int[Tensor, " entries"], Int[Tensor, " entries"] | None]:

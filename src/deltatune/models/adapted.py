@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from deltatune.errors import UserError
 from deltatune.methods import Delta, EmbeddingDelta, Site
-from deltatune.weights import FrozenWeight, weight_of
+from deltatune.weights import FrozenWeight, QuantisedLinear, weight_of
 
 
 class Adapted(nn.Module):
@@ -24,7 +24,7 @@ class Adapted(nn.Module):
         self.active: str | None = None
         self.shows: dict[str, AdaptedLinear] = {}
         """By adapter: the layer whose insert stands beside the sub-layer that this one begins, and reads its input."""
-        self._before_merge: tuple[Tensor, Tensor | None] | None = None
+        self._before_merge: tuple[Tensor, Tensor | None] | tuple[QuantisedLinear] | None = None
 
     def add(self, name: str, delta: nn.Module) -> None:
         """Puts a delta beside those that are here and makes it the active one."""
@@ -80,13 +80,20 @@ class Adapted(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Writes W' over W and keeps W's bits for `unmerge`. Raises `UserError` where W' is not finite."""
+        """Writes W' over W and keeps W's bits for `unmerge`. Raises `UserError` where W' is not finite.
+
+        Over a quantised W, an ordinary layer with W' takes the base's place: encoding W' would lose what was learnt.
+        """
         if self.merged or self.delta is None:
             return
         weight = cast(Delta, self.delta).merged(self.frozen.dense())
         if not torch.isfinite(weight).all():
             raise UserError("the merged weight has values that are not finite", "the adapter is damaged or diverged")
         bias, merged = getattr(self.base, "bias", None), self.merged_bias
+        if isinstance(self.base, QuantisedLinear):
+            self._before_merge = (self.base,)
+            self.base = self.base.dense_layer(weight, merged)
+            return
         self._before_merge = (self.frozen.dense().clone(), None if bias is None else bias.clone())
         self.frozen.write(weight)
         if bias is not None and merged is not None:
@@ -95,12 +102,14 @@ class Adapted(nn.Module):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Puts back the bits that W had before `merge`."""
-        if self._before_merge is not None:
-            weight, bias = self._before_merge
-            self.frozen.write(weight)
-            if bias is not None:
-                cast(Tensor, self.base.bias).copy_(bias)
-            self._before_merge = None
+        match self._before_merge:
+            case (QuantisedLinear() as base,):
+                self.base = base
+            case (Tensor() as weight, bias):
+                self.frozen.write(weight)
+                if bias is not None:
+                    cast(Tensor, self.base.bias).copy_(bias)
+        self._before_merge = None
 
     @property
     def _plain(self) -> bool:
@@ -181,6 +190,16 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     added = {id(parameter) for _, layer in layers for parameter in layer.deltas.parameters()}
     return {
         names.get(name, name): parameter for name, parameter in model.named_parameters() if id(parameter) not in added
+    }
+
+
+def quantised_layers(model: nn.Module) -> dict[str, QuantisedLinear]:
+    """Every layer with a weight in a storage of its own, by its path in the base, as if nothing were attached."""
+    adapted = {path for path, module in model.named_modules() if isinstance(module, Adapted)}
+    return {
+        path.removesuffix(".base") if path.rpartition(".")[0] in adapted else path: layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, QuantisedLinear)
     }
 
 

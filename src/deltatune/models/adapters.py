@@ -29,6 +29,7 @@ from deltatune.models.attach import (
     attachment,
     detach,
 )
+from deltatune.models.quantise import storages_of
 from deltatune.models.targets import below, ending
 
 CONFIG, TENSORS, ABOUT = "adapter_config.json", "adapter_model.safetensors", "deltatune.json"
@@ -52,6 +53,11 @@ class SavedAdapter:
     """Our own record (deltatune.json); empty for a folder that PEFT wrote."""
     repeated: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """Weights of the base that the folder holds as well, as PEFT's do of adapted embeddings, by their names there."""
+
+    @property
+    def storage(self) -> dict[str, str]:
+        """How the base was stored that it was trained over, by target; empty where it was not quantised."""
+        return dict(self.about["base"].get("storage", {})) if self.about else {}
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -98,7 +104,7 @@ def save_adapter(model: nn.Module, folder: Path | str, *, base: str = "", revisi
         write_json(new / CONFIG, _peft_config(model, done, base, revision))
         record = {
             "format": 1,
-            "base": {"id": base, "revision": revision, "fingerprint": done.fingerprint},
+            "base": {"id": base, "revision": revision, "fingerprint": done.fingerprint, "storage": storages_of(model)},
             "method": portable.name,
             "options": options_of(portable),
             "head": list(done.head),
@@ -184,6 +190,11 @@ def _fill(model: nn.Module, saved: SavedAdapter, wanted: Mapping[str, Tensor]) -
 
 def _check_base(saved: SavedAdapter, model: nn.Module) -> None:
     if saved.about and saved.about["base"]["fingerprint"] != cast(Attachment, attachment(model)).fingerprint:
+        if saved.storage != (given := storages_of(model)):
+            raise UserError(
+                f"{saved.folder} belongs to a base stored as {_named(saved.storage)}, not as {_named(given)}",
+                f"load the base with storage={saved.storage}" if saved.storage else "load the base without a storage",
+            )
         raise UserError(
             f"{saved.folder} was trained on another base: the weights of this one are not those of '{saved.base}'",
             f"load it on '{saved.base}'" + (f" at revision {saved.revision}" if saved.revision else ""),
@@ -195,6 +206,10 @@ def _check_base(saved: SavedAdapter, model: nn.Module) -> None:
                 f"{saved.folder} has another {name} than this base",
                 "it was made for another base, or for one whose vocabulary was changed: load it on that one",
             )
+
+
+def _named(storages: Mapping[str, str]) -> str:
+    return ", ".join(f"{words} ({target})" for target, words in storages.items()) or "it came, unquantised"
 
 
 def _check(saved: SavedAdapter, wanted: Mapping[str, Tensor]) -> None:

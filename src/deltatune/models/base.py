@@ -22,6 +22,8 @@ from transformers.utils import logging as transformers_logging
 
 from deltatune.errors import UserError, unknown
 from deltatune.files import read_json
+from deltatune.models.quantise import METHOD, Storages, place_storages, read_storages
+from deltatune.models.streaming import StorageConfig, put_empty
 from deltatune.packages import MINILM, Package, fetch
 
 log = logging.getLogger("deltatune")
@@ -54,24 +56,36 @@ class Place:
 
 
 def load(
-    name: str, *, labels: Sequence[str], revision: str = "", dtype: torch.dtype = torch.float32, seed: int = 0
+    name: str,
+    *,
+    labels: Sequence[str],
+    revision: str = "",
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    storage: Storages = "",
 ) -> Base:
     """Loads a base as a classifier with one output for each of `labels`, with its tokenizer.
 
     `revision` is one that was recorded: the hub's is loaded, an embedded one's checked. `seed` decides the initial
-    values of the head, and of anything else that the base does not bring. Raises `UserError` for a name that is none,
-    a base without safetensors or tokenizer, an architecture that has no classifier, and weights that are not finite.
+    values of the head, and of anything else that the base does not bring. With `storage` (`nf4`, or a mapping of
+    targets to storages) the linear layers are stored so one by one as they are read, from the numbers in the file,
+    whatever `dtype` the rest has. Raises `UserError` for a name that is none, a base without safetensors or tokenizer,
+    an architecture that has no classifier, a storage that does not exist, a base that is quantised in another way, and
+    weights that are not finite.
     """
     place = find_base(name, revision)
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = _model(place, _config(place, labels), dtype)
+        model = _model(place, _config(place, labels), dtype, read_storages(storage))
         tokenizer = _tokenizer(place, model)
     return Base(model, tokenizer, place.id, place.revision)
 
 
-def outline(place: Place, *, labels: Sequence[str]) -> PreTrainedModel:
-    """The base as a classifier on the meta device: its layers and shapes, without any weight."""
+def outline(place: Place, *, labels: Sequence[str], storage: Storages = "") -> PreTrainedModel:
+    """The base as a classifier on the meta device: its layers and shapes, stored as `load` would, without any weight.
+
+    Raises `UserError` for a configuration that is none, and for a storage or target that does not exist.
+    """
     try:
         with quiet(), torch.device("meta"):
             model: PreTrainedModel = AutoModelForSequenceClassification.from_config(_config(place, labels))
@@ -79,6 +93,8 @@ def outline(place: Place, *, labels: Sequence[str]) -> PreTrainedModel:
         raise UserError(
             f"'{place.id}' cannot be built: {_first_line(error)}", "is its config.json the right one?"
         ) from error
+    for path, stored in place_storages(model, read_storages(storage)).items():
+        put_empty(model, path, stored)
     return model
 
 
@@ -171,6 +187,7 @@ def _config(place: Place, labels: Sequence[str]) -> PreTrainedConfig:
             f"'{place.id}' is no text classifier: {config.model_type} models have no sequence classification head",
             "use an encoder or decoder such as BERT, RoBERTa, GPT-2 or Llama",
         )
+    _refuse_foreign_storage(place, config)
     config.num_labels = len(labels)
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
@@ -178,13 +195,37 @@ def _config(place: Place, labels: Sequence[str]) -> PreTrainedConfig:
     return config
 
 
-def _model(place: Place, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def _refuse_foreign_storage(place: Place, config: PreTrainedConfig) -> None:
+    noted = getattr(config, "quantization_config", None)
+    if noted is not None and noted.get("quant_method") != METHOD:
+        raise UserError(
+            f"'{place.id}' is quantised already, by {noted.get('quant_method') or 'another library'}",
+            "give its unquantised form, and a storage such as nf4 if you like",
+        )
+
+
+def _quantiser(place: Place, config: PreTrainedConfig, storages: Mapping[str, str]) -> StorageConfig | None:
+    """What Transformers is told about quantising; None where nothing is to do, or the base says it itself."""
+    noted = getattr(config, "quantization_config", None)
+    if noted is None:
+        return StorageConfig(storages) if storages else None
+    if storages and storages != noted["storages"]:
+        raise UserError(
+            f"'{place.id}' is stored as {noted['storages']}, and cannot be stored as {dict(storages)}",
+            "leave the storage out, or give its unquantised form",
+        )
+    return None
+
+
+def _model(place: Place, config: PreTrainedConfig, dtype: torch.dtype, storages: Mapping[str, str]) -> PreTrainedModel:
+    quantiser = _quantiser(place, config, storages)
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             place.source,
             revision=place.commit,
             config=config,
-            dtype=dtype,
+            dtype=torch.float32 if quantiser else dtype,
+            quantization_config=quantiser,
             use_safetensors=True,
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # a head of another task has another number of labels
@@ -204,7 +245,7 @@ def _model(place: Place, config: PreTrainedConfig, dtype: torch.dtype) -> PreTra
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise UserError(f"'{place.id}' is damaged: {name} has values that are not finite")
-    return model
+    return model.to(dtype)
 
 
 def _tokenizer(place: Place, model: PreTrainedModel) -> PreTrainedTokenizerBase:

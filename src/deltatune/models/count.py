@@ -9,6 +9,7 @@ from deltatune.methods import Method, OverLayers, Selection, make
 from deltatune.models.attach import find_head
 from deltatune.models.base import Place, find_base, outline
 from deltatune.models.layers import place
+from deltatune.models.selected import put_selection
 from deltatune.models.targets import below
 
 
@@ -47,7 +48,8 @@ def count(base: Place, method: Method, labels: Sequence[str]) -> Counted:
             site = [placed.sites[path]]
             stored += variant.stored_parameters(site) - method.stored_parameters(site)
         return Counted(in_head + own + shared, in_head, stored, total + own + shared, len(sites))
-    trainable = sum(size for name, size in sizes.items() if below(name, head) or cast(Selection, method).selects(name))
+    selected = put_selection(model, cast(Selection, method), head).parameters.values()
+    trainable = in_head + sum(parameter.numel() for parameter in selected)
     return Counted(trainable, in_head, trainable, total, 0)
 
 

@@ -4,9 +4,9 @@ import hashlib
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from deltatune.models.adapted import base_parameters
+from deltatune.models.adapted import base_parameters, quantised_layers
 from deltatune.models.targets import below
 
 _SAMPLES = 64
@@ -16,16 +16,31 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
     """SHA-256 over the names, shapes and some values of every parameter of the base outside of `without`.
 
     Up to 64 values are taken evenly from each parameter and rounded to bf16, so that a base has one mark whether it
-    was loaded in 32 or 16 bits, and a mark costs milliseconds on any size.
+    was loaded in 32 or 16 bits, and a mark costs milliseconds on any size. A quantised weight counts with its storage
+    and codes: to an adapter that was trained over it, the same base in another storage is another base.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(base_parameters(model).items()):
+    for name, tensor in sorted((base_parameters(model) | _quantised(model)).items()):
         if below(name, without):
             continue
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        if parameter.is_meta:  # an outline has shapes alone
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        if tensor.is_meta:  # an outline has shapes alone
             continue
-        flat = parameter.detach().reshape(-1)
+        flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to("cpu", torch.bfloat16)
         digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _quantised(model: nn.Module) -> dict[str, Tensor]:
+    """The stored tensors of quantised weights by names that tell their storage.
+
+    The 8-bit codes of scales are left out: on the number of threads depends how the mean is rounded that they are taken
+    from, and so, rarely, one of them.
+    """
+    return {
+        f"{path}.{name} {layer.storage}": tensor
+        for path, layer in quantised_layers(model).items()
+        for name, tensor in layer.named_buffers()
+        if not (name == "scales" and layer.storage.double)
+    }

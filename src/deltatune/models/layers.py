@@ -7,17 +7,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from deltatune.errors import UserError
 from deltatune.methods import BlockInsert, Observer, OverLayers, Site
 from deltatune.models.adapted import Adapted, AdaptedLinear, adapt
-from deltatune.models.blocks import begin_of, in_blocks
 from deltatune.models.observe import Examples, observe
 from deltatune.models.part import Part
 from deltatune.models.roles import Role, embedding_roles, linear_roles
+from deltatune.models.sublayers import begin_of, in_blocks
 from deltatune.models.targets import Matched, adaptable, match
-from deltatune.weights import weight_of
+from deltatune.weights import is_transposed, weight_of
 
 log = logging.getLogger("deltatune")
 
@@ -124,7 +123,7 @@ class Layers(Part):
         config = self.method.portable().to_peft(modules, self.deltas)
         config["target_modules"] = _short_names(model, list(self.layers))
         linear = [layer.base for layer in self.layers.values() if not layer.site.embedding]
-        if linear and all(isinstance(layer, Conv1D) for layer in linear):
+        if linear and all(map(is_transposed, linear)):
             config["fan_in_fan_out"] = True  # not every config of PEFT's has the field
         return config
 
@@ -137,7 +136,7 @@ def place(model: nn.Module, method: OverLayers, head: tuple[str, ...]) -> Placed
     roles = adaptable(model, head, embeddings=method.embeddings)
     matched = match(model, roles, method.targets)
     if isinstance(method, BlockInsert):
-        matched = in_blocks(method, matched, roles)
+        matched = in_blocks(model, method, matched, roles)
     modules = _variants(model, method, {path: roles[path] for path in matched.paths})
     sites = {path: _site(model, path, roles) for path in modules}
     for path, variant in modules.items():

@@ -88,7 +88,7 @@ EMBEDDINGS: frozenset[Role] = frozenset({"token-embedding", "embedding"})
 
 def linear_roles(model: nn.Module) -> dict[str, Role]:
     """The role of each linear layer of `model`, by module path, in the model's order."""
-    return {path: _role(path, layer) for path, layer in _base_layers(model) if is_linear(layer)}
+    return {path: _role(path, layer) for path, layer in base_layers(model) if is_linear(layer)}
 
 
 def embedding_roles(model: nn.Module) -> dict[str, Role]:
@@ -97,7 +97,7 @@ def embedding_roles(model: nn.Module) -> dict[str, Role]:
     T5 and its kin name an embedding in which nothing is looked up, the encoder's and decoder's being tied to it: that
     one is left out.
     """
-    every = {path: layer for path, layer in _base_layers(model) if isinstance(layer, nn.Embedding)}
+    every = {path: layer for path, layer in base_layers(model) if isinstance(layer, nn.Embedding)}
     tokens = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     tokens = tokens.base if isinstance(tokens, Adapted) else tokens
     tied = {path for path, layer in every.items() if tokens is not None and layer.weight is tokens.weight}
@@ -109,7 +109,7 @@ def embedding_roles(model: nn.Module) -> dict[str, Role]:
     }
 
 
-def _base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules of the base by path, as if nothing were attached."""
     inside: list[str] = []  # of adapted layers: their base and deltas, which are no modules of the base
     for path, module in model.named_modules():

@@ -4,12 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from deltatune.errors import UserError
-from deltatune.methods import Selection
-from deltatune.models.adapted import base_parameters
+from deltatune.methods import BaseParameter, Selection
+from deltatune.models.adapted import base_parameters, quantised_layers
+from deltatune.models.blocks import stacks
 from deltatune.models.part import Part
+from deltatune.models.roles import ALIASES, Role, base_layers, linear_roles
 from deltatune.models.targets import below
+from deltatune.weights import QuantisedLinear
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +51,56 @@ class Selected(Part):
 
 def put_selection(model: nn.Module, method: Selection, head: tuple[str, ...]) -> Selected:
     """Finds what `method` selects of the model's base, outside of `head`."""
-    every = base_parameters(model).items()
-    chosen = {name: parameter for name, parameter in every if not below(name, head) and method.selects(name)}
-    return Selected(method, chosen)
+    described, codes = _described(model, head)
+    chosen = set(method.select([*described, *codes]))
+    for seen in chosen & codes.keys():
+        raise UserError(
+            f"{method.name} trains {seen.names[0]}, which is stored as {codes[seen].storage} and stays as it is",
+            "load the base without a storage, or use a method that adds to frozen weights, such as lora",
+        )
+    return Selected(method, {seen.names[0]: described[seen] for seen in described if seen in chosen})
+
+
+def _described(
+    model: nn.Module, head: tuple[str, ...]
+) -> tuple[dict[BaseParameter, nn.Parameter], dict[BaseParameter, QuantisedLinear]]:
+    """Each parameter of the base outside of the head, as selections see it; and each weight that is stored in codes."""
+    own = {parameter: name for name, parameter in base_parameters(model).items() if not below(name, head)}
+    names: dict[nn.Parameter, list[str]] = {parameter: [] for parameter in own}
+    words: dict[nn.Parameter, set[str]] = {parameter: set() for parameter in own}
+    roles, blocks = linear_roles(model), [block for stack in stacks(model) for block in stack]
+    for path, module in base_layers(model):
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter in own:
+                names[parameter].append(f"{path}.{name}" if path else name)
+                words[parameter] |= _words(module, name, roles.get(path, "other"), below(path, blocks))
+    tokens = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
+    vocabulary = getattr(tokens, "weight", None)
+
+    def seen(names: tuple[str, ...], words: set[str]) -> BaseParameter:
+        block = next((number for number, block in enumerate(blocks) if below(names[0], [block])), None)
+        return BaseParameter(names, frozenset(words), block)
+
+    described = {
+        seen(tuple(names[parameter]), words[parameter] | ({"token-embedding"} if parameter is vocabulary else set())): (
+            parameter
+        )
+        for parameter in own
+    }
+    codes = {
+        seen((f"{path}.weight",), _words(layer, "weight", roles[path], below(path, blocks))): layer
+        for path, layer in quantised_layers(model).items()
+    }
+    return described, codes
+
+
+def _words(module: nn.Module, name: str, role: Role, in_block: bool) -> set[str]:
+    """What a parameter directly in this module is; a table of position biases within a block is no embedding."""
+    words = {alias for alias, roles in ALIASES.items() if role in roles} | ({role} - {"other"})
+    if name == "bias" or name.endswith("_bias"):
+        words.add("biases")
+    if any(kind.__name__.rstrip("123d").endswith("Norm") for kind in type(module).__mro__):
+        words.add("norms")
+    if isinstance(module, nn.Embedding) and not in_block:
+        words.add("embeddings")
+    return words

@@ -27,10 +27,10 @@ class Scores:
 
 
 def evaluate(model: PreTrainedModel, tokens: Tokens, precision: Computed, batch_tokens: int = 4096) -> Scores:
-    """Scores `model` on `tokens` with dropout off; the model is left in the mode it was in."""
+    """Scores `model` on `tokens` with dropout off; each module is left in the mode it was in."""
     from sklearn.metrics import f1_score
 
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     device = model.device
     logits = torch.empty(len(tokens), model.config.num_labels)
@@ -40,7 +40,8 @@ def evaluate(model: PreTrainedModel, tokens: Tokens, precision: Computed, batch_
                 inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
                 logits[list(batch.indices)] = model(**inputs).logits.float().cpu()
     finally:
-        model.train(training)
+        for module, was in training.items():
+            module.training = was
     labels = torch.tensor(tokens.labels)
     predictions = logits.argmax(1)
     return Scores(

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -14,9 +15,13 @@ from deltatune.data.batches import Batch, collate, epoch
 from deltatune.data.tokens import Tokens
 from deltatune.errors import UserError
 from deltatune.models.attach import after_step, learning_rates, penalty, settled, trainable_parameters
+from deltatune.models.quantise import total_parameters
+from deltatune.training.checkpointing import checkpointing
 from deltatune.training.evaluation import Scores, evaluate
 from deltatune.training.events import Evaluated, Finished, Listener, Started, Step
+from deltatune.training.optimisers import make_optimiser
 from deltatune.training.precision import Computed, autocast
+from deltatune.training.prefix import Prefix
 from deltatune.training.schedule import rate
 from deltatune.training.settings import Training
 
@@ -40,24 +45,27 @@ def train(
     groups = _plan(examples, settings, seed)
     at = _validation_steps(len(groups), settings)
     parameters = trainable_parameters(model)
-    optimizer = _adamw(parameters, learning_rates(model), settings.weight_decay)
+    optimizer = make_optimiser(
+        settings.optimiser, parameters, learning_rates(model), settings.weight_decay, settings.paged_folder
+    )
     kept = _Kept(settings.keep)
-    if settings.gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
     listen(
         Started(
             steps=len(groups),
             epochs=settings.epochs,
             examples=len(examples),
             trainable=sum(p.numel() for p in parameters.values()),
-            total=sum(p.numel() for p in model.parameters()),
+            total=total_parameters(model),
             precision=precision,
             seed=seed,
         )
     )
     seconds, seen, tokens = 0.0, 0, 0
     model.train()
-    with torch.random.fork_rng():
+    prefix = Prefix(model, settings.cache, settings.cache_on)
+    some = collate(examples, groups[0][0][:1], model.config.pad_token_id)
+    prefix.freeze(lambda: _logits(model, some, precision))
+    with torch.random.fork_rng(), checkpointing(model, settings.gradient_checkpointing):
         torch.manual_seed(seed)
         for step, group in enumerate(groups, start=1):
             began = time.perf_counter()
@@ -65,7 +73,7 @@ def train(
             for part in optimizer.param_groups:
                 part["lr"] = current * part["factor"]
             batches = [collate(examples, places, model.config.pad_token_id) for places in group]
-            loss = _accumulate(model, batches, precision)
+            loss = _accumulate(model, batches, precision, prefix)
             if (extra := penalty(model)) is not None:
                 extra.backward()  # type: ignore[no-untyped-call]
             norm = nn.utils.clip_grad_norm_(parameters.values(), settings.clip or math.inf).item()
@@ -90,8 +98,6 @@ def train(
                 )
                 if settled(model, step, len(groups)):
                     kept.offer(step, scores, parameters)
-    if settings.gradient_checkpointing:
-        model.activation_checkpointing_disable()
     best_step, scores = kept.restore(parameters)
     finished = Finished(len(groups), seconds, best_step)
     listen(finished)
@@ -99,11 +105,16 @@ def train(
 
 
 def _plan(examples: Tokens, settings: Training, seed: int) -> list[list[list[int]]]:
-    """Every optimiser step of the run as its batches, each a list of places: fixed by the seed beforehand."""
+    """Every optimiser step of the run as its batches, each a list of places: fixed by the seed beforehand.
+
+    The batches are those of the first epoch; the later ones have them in another order.
+    """
     generator = np.random.default_rng(seed)
+    whole = epoch(examples.lengths, settings.batch_tokens, generator)
     batches: list[list[int]] = []
     for number in range(math.ceil(settings.epochs)):
-        whole = epoch(examples.lengths, settings.batch_tokens, generator)
+        if number:
+            whole = [whole[place] for place in generator.permutation(len(whole))]
         share = min(1.0, settings.epochs - number)
         batches += whole[: math.ceil(share * len(whole))]
     return [batches[start : start + settings.accumulate] for start in range(0, len(batches), settings.accumulate)]
@@ -114,35 +125,24 @@ def _validation_steps(steps: int, settings: Training) -> set[int]:
     return {math.ceil(steps * k / count) for k in range(1, count + 1)}
 
 
-def _adamw(parameters: dict[str, nn.Parameter], factors: dict[str, float], decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101) with decay on matrices only.
-
-    Parameters with the same factor of the learning rate share a group; the loop sets each group's rate.
-    """
-    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
-    for name, parameter in parameters.items():
-        groups.setdefault((parameter.ndim > 1, factors[name]), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {"params": group, "weight_decay": decay if matrix else 0.0, "factor": factor}
-            for (matrix, factor), group in sorted(groups.items(), key=lambda item: item[0], reverse=True)
-        ],
-        fused=True,
-    )
-
-
-def _accumulate(model: PreTrainedModel, batches: list[Batch], precision: Computed) -> float:
+def _accumulate(model: PreTrainedModel, batches: list[Batch], precision: Computed, prefix: Prefix) -> float:
     """Adds the gradients of the mean loss over the batches' examples together; gives that mean."""
     examples = sum(len(batch.indices) for batch in batches)
     total = 0.0
     for batch in batches:
-        inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
-        with autocast(precision, model.device):
-            logits = model(**inputs).logits
+        with prefix.standing_in(batch.indices):
+            logits = _logits(model, batch, precision)
         loss = F.cross_entropy(logits.float(), batch.labels.to(model.device), reduction="sum") / examples
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
     return total
+
+
+def _logits(model: PreTrainedModel, batch: Batch, precision: Computed) -> Float[Tensor, "examples labels"]:
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
+    with autocast(precision, model.device):
+        logits: Tensor = model(**inputs).logits
+    return logits
 
 
 class _Kept:

@@ -10,6 +10,7 @@ from deltatune.files import new_folder
 from deltatune.models.adapters import SavedAdapter
 from deltatune.models.base import quiet
 from deltatune.models.merge import Merged, fold, merge
+from deltatune.models.quantise import dequantise
 from deltatune.training.saved import Ready, open_adapter
 
 
@@ -30,7 +31,7 @@ def merge_saved(folder: Path, out: Path, *, base: str = "", tolerance: float = 1
             f"merging changes an output by {difference:.2g}, more than {tolerance:g} of the largest, {largest:.2g}",
             "keep the adapter beside its base, or allow for it with --tolerance",
         )
-    fold(model)
+    dequantise(fold(model))
     with new_folder(out) as new, quiet():
         model.save_pretrained(new)
         ready.base.tokenizer.save_pretrained(new)

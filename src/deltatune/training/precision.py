@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from deltatune.errors import UserError
+from deltatune.weights import QuantisedLinear
 
 Computed = Literal["fp32", "bf16"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -37,12 +38,17 @@ def prepare(model: nn.Module, precision: Computed) -> None:
     """Stores what is frozen in the run's type and what trains in fp32.
 
     In bf16 the frozen weights take half the memory and are computed with as they are; autocast brings the fp32 masters
-    down to bf16 where they meet them.
+    down to bf16 where they meet them. Weights in a storage of their own stay in it.
     """
     frozen = torch.bfloat16 if precision == "bf16" else torch.float32
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else frozen)
+    for module in model.modules():
+        if isinstance(module, QuantisedLinear):
+            module.dtype = frozen
+        own = [parameter for parameter in module.parameters(recurse=False) if parameter.is_floating_point()]
+        # A norm takes its gain and shift in one type only.
+        together = all(parameter.ndim == 1 for parameter in own) and any(parameter.requires_grad for parameter in own)
+        for parameter in own:
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad or together else frozen)
 
 
 def autocast(precision: Computed, device: torch.device) -> torch.autocast:

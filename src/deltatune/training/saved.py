@@ -56,7 +56,7 @@ def open_adapter(folder: Path, *, base: str = "", precision: str = "") -> Ready:
     except UserError as error:
         hint = error.hint if base else f"{saved.folder} was trained on it; say where it is now with --base"
         raise UserError(error.message, hint) from error
-    loaded = load(base or saved.base, revision=revision, labels=saved.labels)
+    loaded = load(base or saved.base, revision=revision, labels=saved.labels, storage=saved.storage)
     load_adapter(loaded.model, saved)
     trained = saved.about.get("training", {}).get("precision", "auto")
     computed = resolve(cast(Precision, precision or trained))

@@ -1,9 +1,11 @@
 """How a run trains: everything that is not the base, the data or the method."""
 
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
+from deltatune.training.optimisers import Optimiser
 from deltatune.training.precision import Precision
 
 
@@ -20,6 +22,11 @@ class Training(BaseModel):
     """How the learning rate falls after the warm-up."""
     warmup: float = Field(0.06, ge=0, lt=1)
     """Share of the steps over which the learning rate rises from 0."""
+    optimiser: Optimiser = "adamw"
+    """How AdamW keeps its two moments. adamw: in fp32; adamw8bit: in 8 bits, block by block; paged: in fp32 in mapped
+    files, and on CUDA in bitsandbytes' paged memory, which the system can take back while memory is short."""
+    paged_folder: Path | None = None
+    """Where `paged` keeps its files off CUDA: a folder on a disk. Left out: the system's temporary folder."""
     batch_tokens: int = Field(1024, ge=1)
     """Tokens in a batch, padding included: its size follows the length of its examples."""
     accumulate: int = Field(1, ge=1)
@@ -32,6 +39,10 @@ class Training(BaseModel):
     """Longest example in tokens; the rest of a longer one is cut off, and counted."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time, the same result."""
+    cache: ByteSize = Field(ByteSize(0), ge=0)
+    """Room for what enters the lowest trained block, such as 1GB: kept in the first epoch, reused in the later ones."""
+    cache_on: Literal["memory", "disk"] = "memory"
+    """Where: disk is files in the system's folder for temporary ones (TMPDIR), mapped into memory."""
     precision: Precision = "auto"
     """auto: bf16 where the machine has it in hardware, else fp32."""
     keep: Literal["best", "last"] = "best"

@@ -1,6 +1,21 @@
 """How a frozen weight is stored. Methods are written against `FrozenWeight` and work on every storage."""
 
 from deltatune.weights.dense import DenseWeight
-from deltatune.weights.frozen import FrozenWeight, is_linear, weight_of
+from deltatune.weights.frozen import FrozenWeight
+from deltatune.weights.modules import is_linear, is_transposed, weight_of
+from deltatune.weights.quantised import QuantisedLinear, QuantisedWeight
+from deltatune.weights.storage import DENSE, FORMATS, Storage, parse_storage
 
-__all__ = ["DenseWeight", "FrozenWeight", "is_linear", "weight_of"]
+__all__ = [
+    "DENSE",
+    "FORMATS",
+    "DenseWeight",
+    "FrozenWeight",
+    "QuantisedLinear",
+    "QuantisedWeight",
+    "Storage",
+    "is_linear",
+    "is_transposed",
+    "parse_storage",
+    "weight_of",
+]

@@ -8,8 +8,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from deltatune.weights.frozen import FrozenWeight
 
-class DenseWeight:
+
+class DenseWeight(FrozenWeight):
     """The weight of an `nn.Linear`, or (`transposed`) of a `Conv1D` or `nn.Embedding`, read at each use."""
 
     def __init__(self, module: nn.Module, transposed: bool) -> None:
