@@ -1,6 +1,7 @@
 """What is trained: one file per method, and the contract they share."""
 
 from deltatune.methods.adalora import AdaLoRA
+from deltatune.methods.adapterfusion import AdapterFusion
 from deltatune.methods.bitfit import BitFit
 from deltatune.methods.compacter import Compacter
 from deltatune.methods.contract import (
@@ -51,6 +52,7 @@ __all__ = [
     "METHODS",
     "OFT",
     "AdaLoRA",
+    "AdapterFusion",
     "BaseParameter",
     "BitFit",
     "BlockInsert",

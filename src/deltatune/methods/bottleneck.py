@@ -24,7 +24,7 @@ from deltatune.weights import FrozenWeight
 Activation = Literal["relu", "gelu", "silu", "tanh"]
 Init = Literal["normal", "zero-up"]
 
-_ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "silu": F.silu,
@@ -150,7 +150,7 @@ def bottleneck(
     scale: float,
 ) -> Float[Tensor, "tokens d"]:
     """scale·(Up·σ(Down·h + a) + b), in the type of h; the parameters are brought to it where they meet it."""
-    z = _ACTIVATIONS[activation](F.linear(h, down.to(h.dtype), down_bias.to(h.dtype)))  # (tokens, m)
+    z = ACTIVATIONS[activation](F.linear(h, down.to(h.dtype), down_bias.to(h.dtype)))  # (tokens, m)
     added = F.linear(z, up.to(h.dtype), up_bias.to(h.dtype))
     return added if scale == 1 else scale * added
 

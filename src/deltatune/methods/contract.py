@@ -158,6 +158,10 @@ class OverLayers(Method, Protocol):
     def check(self, site: Site) -> None:
         """Raises `UserError` where the hyperparameters do not fit the site, with the nearest that would."""
 
+    def check_base(self, fingerprint: str) -> None:
+        """Raises `UserError` where what the method brings along was made for another base than that of the mark."""
+        return
+
     def parameters(self, site: Site) -> int:
         """Trained parameters of one site, those that are shared over the model left out."""
 

@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from deltatune.errors import UserError, unknown
 from deltatune.methods.adalora import AdaLoRA
+from deltatune.methods.adapterfusion import AdapterFusion
 from deltatune.methods.bitfit import BitFit
 from deltatune.methods.compacter import Compacter
 from deltatune.methods.contract import Method
@@ -54,6 +55,11 @@ _EVERY: tuple[type[Method], ...] = (
     WaveFT,
     FourierFT,
     SHiRA,
+    Houlsby,
+    Pfeiffer,
+    Parallel,
+    Compacter,
+    AdapterFusion,
     BitFit,
     Norms,
     LastK,

@@ -82,6 +82,8 @@ def attach(
     mark = fingerprint(model, without=head)
     generator = torch.Generator().manual_seed(seed)
     try:
+        if isinstance(method, OverLayers):
+            method.check_base(mark)
         part = _put(model, method, name, head, generator, examples)
     except UserError:
         if before is not None:

@@ -136,7 +136,7 @@ def place(model: nn.Module, method: OverLayers, head: tuple[str, ...]) -> Placed
     roles = adaptable(model, head, embeddings=method.embeddings)
     matched = match(model, roles, method.targets)
     if isinstance(method, BlockInsert):
-        matched = in_blocks(method, matched, roles)
+        matched = in_blocks(model, method, matched, roles)
     modules = _variants(model, method, {path: roles[path] for path in matched.paths})
     sites = {path: _site(model, path, roles) for path in modules}
     for path, variant in modules.items():
