@@ -12,7 +12,7 @@ from deltatune import BitFit, Full, Head, LastK, LoRA, Training
 from deltatune.data.tokens import Tokens
 from deltatune.errors import UserError
 from deltatune.methods import Method
-from deltatune.models.blocks import stacks
+from deltatune.models.block_lists import stacks
 from deltatune.training.events import Step
 from deltatune.training.loop import train
 from deltatune.training.precision import prepare

@@ -27,6 +27,7 @@ from deltatune.methods.loha import LoHa
 from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
+from deltatune.methods.mixed import Mixed
 from deltatune.methods.norms import Norms
 from deltatune.methods.oft import OFT
 from deltatune.methods.registry import METHODS, make, options_of, parse, parse_option
@@ -58,6 +59,7 @@ __all__ = [
     "LoRA",
     "Method",
     "MiSS",
+    "Mixed",
     "Norms",
     "Observer",
     "OverLayers",

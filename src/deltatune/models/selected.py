@@ -1,6 +1,6 @@
 """A selection on a model: parameters of the base that train."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from deltatune.errors import UserError
 from deltatune.methods import BaseParameter, Selection
 from deltatune.models.adapted import base_parameters
-from deltatune.models.blocks import stacks
+from deltatune.models.block_lists import stacks
 from deltatune.models.part import Part
 from deltatune.models.roles import ALIASES, Role, base_layers, linear_roles
 from deltatune.models.targets import below
@@ -30,6 +30,10 @@ class Selected(Part):
     def trained(self) -> list[nn.Parameter]:
         """The selected parameters."""
         return list(self.parameters.values())
+
+    def claims(self) -> Set[str]:
+        """The selected parameters."""
+        return self.parameters.keys()
 
     def switch(self, on: bool) -> None:
         """Does nothing: what it trained is the base."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from deltatune.models.blocks import stacks
+from deltatune.models.block_lists import stacks
 
 log = logging.getLogger("deltatune")
 
