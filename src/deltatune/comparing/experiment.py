@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -70,7 +70,8 @@ class MethodChoice(BaseModel):
         """Words become fields, and every hyperparameter that was left out gets its value."""
         if isinstance(value, str):
             name, options = parse(value)
-            own = {key: options.pop(key) for key in _OWN if key in options}
+            first = options.get(name.partition("+")[0], {}) if "+" in name else options  # a mix has its first one's
+            own = {key: first.pop(key) for key in _OWN if key in first}
             value = {"method": name, **own, "options": options}
         if not (isinstance(value, Mapping) and isinstance(value.get("method"), str)):
             return value
@@ -229,8 +230,19 @@ _WANTED = {
 
 
 def _label(name: str, options: Mapping[str, Any]) -> str:
+    if "+" in name:
+        options = dict(_dotted(options))
     shown = ", ".join(f"{key}={_short(value)}" for key, value in options.items())
     return f"{name} ({shown})" if shown else name
+
+
+def _dotted(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The options of a mix, {"lora": {"rank": 8}}, as {"lora.rank": 8}."""
+    for key, value in options.items():
+        if isinstance(value, Mapping) and "." not in key:
+            yield from ((f"{key}.{option}", chosen) for option, chosen in value.items())
+        else:
+            yield key, value
 
 
 def _short(value: Any) -> str:

@@ -32,6 +32,7 @@ from deltatune.methods.loha import LoHa
 from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
+from deltatune.methods.mixed import Mixed
 from deltatune.methods.norms import Norms
 from deltatune.methods.oft import OFT
 from deltatune.methods.parallel import Parallel
@@ -39,13 +40,13 @@ from deltatune.methods.pfeiffer import Pfeiffer
 from deltatune.methods.prefix import Prefix
 from deltatune.methods.prompt import Prompt
 from deltatune.methods.ptuning import PTuning
-from deltatune.methods.registry import METHODS, make, options_of
+from deltatune.methods.registry import METHODS, make, options_of, parse
 from deltatune.methods.select import Select
 from deltatune.methods.shira import SHiRA
 from deltatune.methods.vblora import VBLoRA
 from deltatune.methods.vera import VeRA
 from deltatune.methods.waveft import WaveFT
-from deltatune.words import parse, parse_option
+from deltatune.words import parse_option
 
 __all__ = [
     "IA3",
@@ -72,6 +73,7 @@ __all__ = [
     "LoRA",
     "Method",
     "MiSS",
+    "Mixed",
     "Norms",
     "Observer",
     "OverLayers",

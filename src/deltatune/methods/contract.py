@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deltatune.weights import FrozenWeight
 
-Kind = Literal["weight delta", "block insert", "soft prompt", "selection"]
+Kind = Literal["weight delta", "block insert", "soft prompt", "selection", "mixed"]
 
 Targets = str | tuple[str, ...]
 """Which layers a method adapts: aliases, module names or regular expressions; one, or several."""

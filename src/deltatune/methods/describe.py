@@ -8,11 +8,14 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from deltatune.errors import unknown
-from deltatune.methods.registry import METHODS, options_of
+from deltatune.methods.mixed import Mixed
+from deltatune.methods.registry import METHODS, make, options_of
 
 
 def describe(name: str) -> dict[str, Any]:
     """A method's name, title, family, paper, summary, whether it merges, its file form, and options with help."""
+    if "+" in name:
+        return _describe_mix(name)
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     kind = METHODS[name]
@@ -34,6 +37,26 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
+def _describe_mix(name: str) -> dict[str, Any]:
+    mix = Mixed(*(make(part.strip()) for part in name.split("+")))
+    parts = [describe(part.name) for part in mix.parts]
+    whole = [part for part in parts if part["merges"] != "yes"]
+    return {
+        "name": mix.name,
+        "title": mix.title,
+        "family": mix.kind,
+        "paper": mix.paper,
+        "summary": " ".join(part["summary"] for part in parts),
+        "merges": f"no: {whole[0]['name']}: {whole[0]['merges'].removeprefix('no: ')}" if whole else "yes",
+        "file": mix.peft_type,
+        "keys": [key for part in parts for key in part["keys"]],
+        "learning_rate": mix.learning_rate,
+        "options": [
+            {**option, "name": f"{part['name']}.{option['name']}"} for part in parts for option in part["options"]
+        ],
+    }
+
+
 def describe_all() -> list[dict[str, Any]]:
     """Every registered method."""
     return [describe(name) for name in METHODS]
@@ -41,7 +64,7 @@ def describe_all() -> list[dict[str, Any]]:
 
 def page() -> str:
     """The text of docs/methods.md: every method with its formula, options and file form."""
-    return "\n".join([_INTRODUCTION, *map(_section, METHODS)])
+    return "\n".join([_INTRODUCTION, *map(_section, METHODS), _MIXES])
 
 
 _INTRODUCTION = """\
@@ -49,6 +72,18 @@ _INTRODUCTION = """\
 
 Written from the code by `make docs`; the tests check that it is current. `deltatune methods --base BASE` counts their
 parameters on a base of yours. On a command line a method is written with its options: `lora:rank=16,targets=attention`.
+"""
+
+
+_MIXES = f"""\
+## Mixes: `lora+norms`
+
+```text
+{inspect.getdoc(sys.modules[Mixed.__module__])}
+```
+
+- Family: {Mixed.kind}. Merges into the base: where each part does; the first that does not is named.
+- File: type `{Mixed.peft_type}`; the parts and their options are in deltatune.json.
 """
 
 

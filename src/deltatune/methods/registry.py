@@ -25,6 +25,7 @@ from deltatune.methods.loha import LoHa
 from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
+from deltatune.methods.mixed import Mixed
 from deltatune.methods.norms import Norms
 from deltatune.methods.oft import OFT
 from deltatune.methods.parallel import Parallel
@@ -37,6 +38,7 @@ from deltatune.methods.shira import SHiRA
 from deltatune.methods.vblora import VBLoRA
 from deltatune.methods.vera import VeRA
 from deltatune.methods.waveft import WaveFT
+from deltatune.words import parse as parse_one
 
 _EVERY: tuple[type[Method], ...] = (
     Full,
@@ -77,7 +79,12 @@ METHODS: Mapping[str, type[Method]] = {method.name: method for method in _EVERY}
 
 
 def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
-    """The method of that name with those hyperparameters; what is unknown or ill-typed is an error that names it."""
+    """The method of that name with those hyperparameters; what is unknown or ill-typed is an error that names it.
+
+    A mix, `lora+norms`, takes its parts' by the names of these: {"lora": {"rank": 8}}, or {"lora.rank": 8}.
+    """
+    if "+" in name:
+        return _mix(name, options or {})
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     options, kind = options or {}, METHODS[name]
@@ -97,8 +104,39 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
         raise UserError(f"{name}: {place} = {first['input']!r}: {first['msg'].lower()}", hint) from error
 
 
+def _mix(name: str, options: Mapping[str, Any]) -> Mixed:
+    names = [part.strip() for part in name.split("+")]
+    given: dict[str, dict[str, Any]] = {part: {} for part in names}
+    for key, value in options.items():
+        part, _, option = key.partition(".")
+        if part not in given or not (option or isinstance(value, Mapping)):
+            kinds = [METHODS[part] for part in names if part in METHODS]
+            known = [f"{kind.name}.{field.name}" for kind in kinds for field in fields(kind)]  # type: ignore[arg-type]
+            raise unknown(f"{name} option", key, known)
+        given[part] |= {option: value} if option else value
+    return Mixed(*(make(part, given[part]) for part in names))
+
+
+def parse(words: str) -> tuple[str, dict[str, Any]]:
+    """Splits `name:option=value,…` into its name and options; values are read as YAML, so `[a, b]` is a list.
+
+    `lora:rank=8+norms` is the mix `lora+norms` with the options {"lora": {"rank": 8}}.
+    """
+    parts: list[str] = []
+    for piece in words.split("+"):
+        # Within options a plus divides methods only where a method's name follows; the others belong to values.
+        inside = parts and "=" in parts[-1] and piece.partition(":")[0].strip() not in METHODS
+        parts = [*parts[:-1], f"{parts[-1]}+{piece}"] if inside else [*parts, piece]
+    if len(parts) == 1:
+        return parse_one(words)
+    parsed = [parse_one(part) for part in parts]
+    return "+".join(name for name, _ in parsed), {name: options for name, options in parsed if options}
+
+
 def options_of(method: Method) -> dict[str, Any]:
     """Every hyperparameter of a method with its value, defaults included, ready for JSON and YAML."""
+    if isinstance(method, Mixed):
+        return {part.name: options_of(part) for part in method.parts}
     dumped: dict[str, Any] = _reader(type(method)).dump_python(method, mode="json")
     return dumped
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from deltatune.errors import UserError
 from deltatune.files import new_folder, read_json, sha256, write_json
-from deltatune.methods import METHODS, Method, OverLayers, SoftPrompt, make, options_of
+from deltatune.methods import METHODS, Method, Mixed, OverLayers, SoftPrompt, make, options_of
 from deltatune.models.adapted import base_parameters
 from deltatune.models.attach import (
     Attachment,
@@ -65,12 +65,18 @@ class SavedAdapter:
         """The names of the classes; numbers where the folder names none, as many as the head has outputs."""
         if "labels" in self.about:
             return tuple(self.about["labels"])
-        heads = [
-            tensor for key, tensor in self.tensors.items() if key not in self.delta_keys and key.endswith("weight")
-        ]
+        heads = [tensor for key, tensor in self.tensors.items() if key.endswith("weight") and below(key, self.head)]
         if not heads:
             raise UserError(f"{self.folder} has no classification head", "save the adapter with its modules_to_save")
         return tuple(str(index) for index in range(heads[-1].shape[0]))
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Paths of the modules of the head that it holds."""
+        if self.about:
+            return tuple(self.about["head"])
+        others = (key for key in self.tensors if key not in self.delta_keys and not key.startswith(_SHARED))
+        return tuple(dict.fromkeys(key.rpartition(".")[0] for key in others))
 
     @property
     def delta_keys(self) -> dict[str, tuple[str, str]]:
@@ -103,7 +109,7 @@ def save_adapter(model: nn.Module, folder: Path | str, *, base: str = "", revisi
             raise UserError(
                 f"the adapter was not saved: {name} has values that are not finite", "lower the learning rate"
             )
-    portable = done.method.portable() if isinstance(done.method, OverLayers) else done.method
+    portable = _portable(done.method)
     with new_folder(Path(folder)) as new:
         save_file(tensors, new / TENSORS, metadata={"format": "pt"})
         write_json(new / CONFIG, _peft_config(model, done, base, revision))
@@ -118,6 +124,13 @@ def save_adapter(model: nn.Module, folder: Path | str, *, base: str = "", revisi
             "sha256": {name: sha256(new / name) for name in (CONFIG, TENSORS)},
         }
         write_json(new / ABOUT, record)
+
+
+def _portable(method: Method) -> Method:
+    """The method that a file describes."""
+    if isinstance(method, Mixed):
+        return Mixed(*map(_portable, method.parts))
+    return method.portable() if isinstance(method, OverLayers) else method
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -166,9 +179,8 @@ def load_adapter(model: nn.Module, saved: SavedAdapter | Path | str, *, name: st
     of another shape; the tensors are checked before any is copied, and adapters that stood here stand as before.
     """
     saved = saved if isinstance(saved, SavedAdapter) else read_adapter(saved)
-    head = tuple(saved.about["head"]) if saved.about else _head_of(saved)
     before = attachment(model)
-    attach(model, saved.method, name=name, head=head)
+    attach(model, saved.method, name=name, head=saved.head)
     wanted = adapter_tensors(model)
     try:
         _check_base(saved, model)
@@ -321,11 +333,6 @@ def _on_saved_layers(saved: SavedAdapter) -> Method:
     return replace(saved.method, targets=paths, **patterns)  # type: ignore[type-var]
 
 
-def _head_of(saved: SavedAdapter) -> tuple[str, ...]:
-    others = (key for key in saved.tensors if key not in saved.delta_keys and not key.startswith(_SHARED))
-    return tuple(dict.fromkeys(key.rpartition(".")[0] for key in others))
-
-
 def _peft_config(model: nn.Module, done: Attachment, base: str, revision: str) -> dict[str, Any]:
     config = {
         "peft_type": done.method.peft_type,
@@ -336,6 +343,6 @@ def _peft_config(model: nn.Module, done: Attachment, base: str, revision: str) -
         "inference_mode": True,
         "modules_to_save": list(done.head) or None,
     }
-    for part in done.parts:
-        config |= part.to_peft(model)
+    if not isinstance(done.method, Mixed):  # PEFT has no words for several; they are in deltatune.json
+        config |= done.parts[0].to_peft(model)
     return dict(sorted(config.items()))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltatune.errors import UserError, unknown
-from deltatune.methods import Method, OverLayers, Selection, SoftPrompt
+from deltatune.methods import Method, Mixed, OverLayers, Selection, SoftPrompt
 from deltatune.models.adapted import Adapted
 from deltatune.models.fingerprint import fingerprint
 from deltatune.models.layers import Layers, place, put_layers
@@ -82,14 +82,16 @@ def attach(
     mark = fingerprint(model, without=head)
     generator = torch.Generator().manual_seed(seed)
     try:
-        if isinstance(method, OverLayers):
-            method.check_base(mark)
-        part = _put(model, method, name, head, generator, examples)
+        for one in parts_of(method):
+            if isinstance(one, OverLayers):
+                one.check_base(mark)
+        parts = _put_all(model, method, name, head, generator, examples)
     except UserError:
         if before is not None:
             activate(model, before.name)
         raise
-    done = Attachment(name, part.method, head, mark, (part,))
+    method = Mixed(*(part.method for part in parts)) if isinstance(method, Mixed) else parts[0].method
+    done = Attachment(name, method, head, mark, parts)
     # Plain objects on the model, not parameters or modules.
     model.untrained_head = _copies(_head_parameters(model, head)) | _untrained_head(model)  # type: ignore[assignment]
     model.attachments = {**others, name: done}  # type: ignore[assignment]
@@ -169,7 +171,7 @@ def _check_name(name: str, method: Method, others: Mapping[str, Attachment]) -> 
             f"an adapter named '{name}' is attached already", "give another name, or delete that one with detach"
         )
     unlike = [a.method.name for a in others.values() if a.trains_base]
-    if unlike or (others and isinstance(method, Selection)):
+    if unlike or (others and any(isinstance(one, Selection) for one in parts_of(method))):
         raise UserError(
             f"{[*unlike, method.name][0]} trains the base's own parameters, so nothing can stand beside it",
             "load the base again to attach another",
@@ -237,8 +239,15 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def learning_rates(model: nn.Module) -> dict[str, float]:
-    """The learning rate of each parameter that trains, by name, as a multiple of the run's."""
-    factors = {parameter: factor for part in _parts(model) for parameter, factor in part.rates().items()}
+    """The learning rate of each parameter that trains, by name, as a multiple of the run's.
+
+    The parts of a mix keep the ratio of their methods' own rates; the run's is the first one's.
+    """
+    factors: dict[nn.Parameter, float] = {}
+    for part in (parts := _parts(model)):
+        ratio = part.method.learning_rate / parts[0].method.learning_rate
+        own = part.rates()
+        factors |= {parameter: ratio * own.get(parameter, 1.0) for parameter in part.trained()}
     return {name: factors.get(parameter, 1.0) for name, parameter in trainable_parameters(model).items()}
 
 
@@ -285,6 +294,54 @@ def _parts(model: nn.Module) -> tuple[Part, ...]:
     return done.parts if done else ()
 
 
+def parts_of(method: Method) -> tuple[Method, ...]:
+    """The methods of a mix; any other method alone."""
+    return method.parts if isinstance(method, Mixed) else (method,)
+
+
+def _put_all(
+    model: nn.Module,
+    method: Method,
+    name: str,
+    head: tuple[str, ...],
+    generator: torch.Generator,
+    examples: Examples,
+) -> tuple[Part, ...]:
+    """Puts a method, or all those of a mix, on the model; what stands on it already goes again when one is refused."""
+    parts: list[Part] = []
+    try:
+        for one in parts_of(method):
+            parts.append(_put(model, one, name, head, generator, examples))
+            _refuse_shared(parts)
+    except UserError:
+        for part in parts:
+            if not part.trains_base:
+                part.remove(model)
+        raise
+    return tuple(parts)
+
+
+def _refuse_shared(parts: list[Part]) -> None:
+    """A parameter that the last part trains or stands over is no earlier part's."""
+    *before, last = parts
+    for other in before:
+        if both := last.claims() & other.claims():
+            raise UserError(
+                f"{other.method.name} and {last.method.name} both change {min(both)}",
+                "give one of them something else to train",
+            )
+
+
+def _refuse_twice(model: nn.Module, method: Method, paths: Iterable[str], name: str) -> None:
+    for path in paths:
+        layer = model.get_submodule(path)
+        if isinstance(layer, Adapted) and name in layer.deltas:
+            raise UserError(
+                f"{method.name} adapts {path}, and so does another part of the mix",
+                "give one of them other targets",
+            )
+
+
 def _put(
     model: nn.Module,
     method: Method,
@@ -297,6 +354,7 @@ def _put(
     if isinstance(method, OverLayers):
         placed = place(model, method, head)
         _refuse_overlap(name, head, placed.modules, attachments(model))
+        _refuse_twice(model, method, placed.modules, name)
         return put_layers(model, method, placed, name, head, generator, examples)
     if isinstance(method, SoftPrompt):
         return put_prompt(model, method, name, head, generator)

@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
+from transformers import PreTrainedModel
+
 from deltatune.errors import UserError
-from deltatune.methods import Method, OverLayers, Selection, SoftPrompt, make
-from deltatune.models.attach import find_head
+from deltatune.methods import Method, Mixed, OverLayers, Selection, SoftPrompt, make
+from deltatune.models.attach import attach, find_head
 from deltatune.models.base import Place, find_base, outline
 from deltatune.models.layers import place
 from deltatune.models.positions import room_for_text
@@ -37,6 +39,21 @@ def count(base: Place, method: Method, labels: Sequence[str]) -> Counted:
     Raises `UserError` for targets that match nothing and hyperparameters that do not fit a layer.
     """
     model = outline(base, labels=labels)
+    if not isinstance(method, Mixed):
+        return _count(model, method)
+    attach(outline(base, labels=labels), method)  # what a mix may not do is refused
+    each = [_count(model, part) for part in method.parts]
+    head, plain = each[0].head, sum(parameter.numel() for parameter in model.parameters())
+    return Counted(
+        trainable=head + sum(part.trainable - head for part in each),
+        head=head,
+        stored=head + sum(part.stored - head for part in each),
+        total=plain + sum(part.total - plain for part in each),
+        layers=sum(part.layers for part in each),
+    )
+
+
+def _count(model: PreTrainedModel, method: Method) -> Counted:
     head = find_head(model)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     in_head, total = sum(size for name, size in sizes.items() if below(name, head)), sum(sizes.values())

@@ -62,6 +62,12 @@ class Layers(Part):
         """The parameters of the modules, shared ones once."""
         return list(nn.ModuleList(self.deltas.values()).parameters())
 
+    def claims(self) -> set[str]:
+        """The weights of its layers, and the biases where its modules have their own."""
+        biases = {f"{path}.bias": getattr(delta, "bias", None) for path, delta in self.deltas.items()}
+        own = {name for name, bias in biases.items() if isinstance(bias, nn.Parameter)}
+        return own | {f"{path}.weight" for path in self.layers}
+
     def switch(self, on: bool) -> None:
         """Makes its modules the layers' active ones, or none where they were."""
         for layer in (*self.layers.values(), *self.begins.values()):

@@ -1,6 +1,6 @@
 """What one method put on a model: the same questions to every kind, so that attaching and saving know none of them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -24,6 +24,10 @@ class Part(Protocol):
 
     def remove(self, model: nn.Module) -> None:
         """Takes it off the model."""
+
+    def claims(self) -> Set[str]:
+        """Names of the base's parameters that it trains or stands over: no other part of the adapter may."""
+        return frozenset()
 
     # How it trains.
 

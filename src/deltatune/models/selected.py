@@ -1,6 +1,6 @@
 """A selection on a model: parameters of the base that train."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -31,6 +31,10 @@ class Selected(Part):
     def trained(self) -> list[nn.Parameter]:
         """The selected parameters."""
         return list(self.parameters.values())
+
+    def claims(self) -> Set[str]:
+        """The selected parameters."""
+        return self.parameters.keys()
 
     def switch(self, on: bool) -> None:
         """Does nothing: what it trained is the base."""
