@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     )
     from deltatune.models.adapters import load_adapter, read_adapter, save_adapter
     from deltatune.models.attach import activate, after_step, attach, attachment, detach, disabled, penalty
-    from deltatune.models.base import Base, load
+    from deltatune.models.base import Base, load, originals
     from deltatune.models.combine import Combined, combine
     from deltatune.models.merge import Merged, fold, merge, unmerge
     from deltatune.models.quantise import dequantise, quantise
@@ -68,7 +68,7 @@ _HOMES = {
     ),
     "deltatune.models.adapters": ("load_adapter", "read_adapter", "save_adapter"),
     "deltatune.models.attach": ("activate", "after_step", "attach", "attachment", "detach", "disabled", "penalty"),
-    "deltatune.models.base": ("Base", "load"),
+    "deltatune.models.base": ("Base", "load", "originals"),
     "deltatune.models.combine": ("Combined", "combine"),
     "deltatune.models.merge": ("Merged", "fold", "merge", "unmerge"),
     "deltatune.models.quantise": ("dequantise", "quantise"),
@@ -134,6 +134,7 @@ __all__ = [
     "make",
     "make_experiment",
     "merge",
+    "originals",
     "penalty",
     "quantise",
     "read_adapter",

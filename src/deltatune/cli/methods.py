@@ -30,8 +30,8 @@ def command(
 ) -> None:
     """Lists the methods, or the options of one; counts their parameters on a base."""
     from deltatune.cli.progress import waiting
+    from deltatune.methods import parse
     from deltatune.methods.describe import describe, describe_all
-    from deltatune.words import parse
 
     chosen, given = parse(name) if name else ("", {})
     methods: list[dict[str, Any]] = [describe(chosen)] if chosen else describe_all()

@@ -122,17 +122,18 @@ class Insert(Protocol):
 
 @runtime_checkable
 class Observer(Protocol):
-    """Looks at what happens at one site while the base runs on some examples, before training begins."""
+    """Looks at one site before training begins: at what happens there on some examples, or at what storing it lost."""
 
-    of: ClassVar[Literal["inputs", "gradients"]]
-    """What it sees of a batch: the input vectors (tokens, in), or the gradient (out, in) of its loss by the weight."""
+    of: ClassVar[Literal["inputs", "gradients", "losses"]]
+    """What it sees: of a batch the input vectors (tokens, in), or the gradient (out, in) of its loss by the weight; or,
+    once, the weight as it was before it was stored in fewer bits less the stored one (out, in)."""
 
     @property
     def done(self) -> bool:
         """Whether it has seen enough."""
 
     def see(self, seen: Float[Tensor, "rows columns"]) -> None:
-        """Is given what one batch brings; may keep it."""
+        """Is given what there is to see; may keep it."""
 
 
 @runtime_checkable
@@ -194,10 +195,10 @@ class OverLayers(Method, Protocol):
     ) -> nn.Module:
         """A fresh module for one site."""
 
-    # What it takes from examples before it trains.
+    # What it takes from examples, or from the weight before it was stored, before it trains.
 
     def observer(self, site: Site) -> Observer | None:
-        """What is to see the examples at this site; None where the method begins without any."""
+        """What is to see them at this site; None where the method begins without any."""
         return None
 
     def informed(self, modules: Mapping[str, "OverLayers"], observers: Mapping[str, Observer]) -> "OverLayers":

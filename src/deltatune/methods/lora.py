@@ -28,7 +28,15 @@ from torch import Tensor, nn
 from deltatune.dropout import dropout
 from deltatune.errors import UserError
 from deltatune.methods.contract import CONFIG, Observer, Site, Targets, WeightDelta
-from deltatune.methods.lora_init import MOVES, Init, InputDirections, MeanGradient, first_factors, spread_ranks
+from deltatune.methods.lora_init import (
+    MOVES,
+    Init,
+    InputDirections,
+    MeanGradient,
+    StorageLoss,
+    first_factors,
+    spread_ranks,
+)
 from deltatune.methods.values import at_least_one, positive, rank_fits, refuse_unsupported, share
 from deltatune.weights import FrozenWeight
 
@@ -46,8 +54,8 @@ class LoRA(WeightDelta):
     rslora: bool = False
     """Scale by alpha / √rank instead."""
     init: Init = "kaiming"
-    """First A and B: random (kaiming, gaussian, orthogonal), from the weight (pissa, olora), or from examples (eva,
-    which also deals the ranks anew, lora-ga)."""
+    """First A and B: random (kaiming, gaussian, orthogonal), from the weight (pissa, olora), from examples (eva, which
+    also deals the ranks anew, lora-ga), or from what storing the weight in fewer bits lost (loftq)."""
     lr_ratio: float = 1.0
     """Learning rate of B as a multiple of A's; LoRA+ (arXiv 2402.12354) recommends about 16."""
     bias: Literal["none", "adapted"] = "none"
@@ -150,9 +158,11 @@ class LoRA(WeightDelta):
         return LoRADelta(site, self, A, B)
 
     def observer(self, site: Site) -> Observer | None:
-        """What eva sees of the inputs, and lora-ga of the gradients."""
+        """What eva sees of the inputs, lora-ga of the gradients, and loftq of what storing the weight lost."""
         if self.init == "eva":
             return InputDirections(self.rank, site)
+        if self.init == "loftq":
+            return StorageLoss(self.rank, self.scale)
         return MeanGradient() if self.init == "lora-ga" else None
 
     def informed(self, modules: Mapping[str, WeightDelta], observers: Mapping[str, Observer]) -> "LoRA":
@@ -172,8 +182,11 @@ class LoRA(WeightDelta):
 
     @torch.no_grad()
     def begin(self, delta: nn.Module, observer: Observer) -> None:
-        """EVA: A from the inputs. LoRA-GA: A and B from the gradient."""
+        """EVA: A from the inputs. LoRA-GA: A and B from the gradient. LoftQ: A and B from what was lost."""
         assert isinstance(delta, LoRADelta)
+        if isinstance(observer, StorageLoss) and observer.factors is not None:
+            delta.A.copy_(observer.factors[0])
+            delta.B.copy_(observer.factors[1])
         if isinstance(observer, InputDirections) and observer.directions is not None:
             delta.A.copy_(observer.directions[: self.rank])
         if isinstance(observer, MeanGradient) and delta.A0 is not None and delta.B0 is not None:
@@ -197,7 +210,7 @@ class LoRA(WeightDelta):
     def portable(self) -> "LoRA":
         """The same update as a LoRA that needs no examples; of rank 2·rank, at the same scale, where there is A₀."""
         if not self._moves:
-            return replace(self, init="kaiming") if self.init == "eva" else self
+            return replace(self, init="kaiming") if self.init in ("eva", "loftq") else self
         factor = math.sqrt(2) if self.rslora else 2.0
         alphas = {key: factor * alpha for key, alpha in self.alpha_pattern.items()}
         if self.rslora and self.alpha is None:  # twice the doubled rank would be too much

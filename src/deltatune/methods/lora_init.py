@@ -7,9 +7,14 @@
     olora        first columns of Q, first rows of R, where W = Q·R           Büyükakyüz 2024, arXiv 2406.01775
     eva          A = the directions that hold most of the inputs, B = 0       Paischer et al. 2024, arXiv 2410.07170
     lora-ga      A and B span the largest components of the loss's gradient   Wang et al. 2024, arXiv 2407.05000
+    loftq        B·A = R_r / s, the largest components of R, what storing W   Li et al. 2023, arXiv 2310.08659
+                 in fewer bits lost
 
 `MOVES` begin with B·A ≠ 0. Their papers take s·B₀·A₀ out of W, so that training still starts at the base. Here W keeps
 its bits and the delta holds A₀ and B₀ beside: W' = W + s·(B·A − B₀·A₀), which is W at the start and has rank 2·rank.
+
+loftq starts off the stored base on purpose, nearer to the base that was stored. It is algorithm 1 with one alternation,
+PEFT's default as well: more of them would write other codes, and the adapter then belong to no base that has a name.
 """
 
 import math
@@ -24,7 +29,7 @@ from deltatune.errors import UserError
 from deltatune.methods.contract import Observer, Site
 from deltatune.weights import FrozenWeight
 
-Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga"]
+Init = Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora-ga", "loftq"]
 MOVES: frozenset[Init] = frozenset({"pissa", "olora", "lora-ga"})
 """Those that begin with a product that is not zero."""
 
@@ -43,11 +48,9 @@ _GRADIENTS = 8
 def first_factors(
     init: Init, rank: int, scale: float, site: Site, weight: FrozenWeight, generator: torch.Generator
 ) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
-    """A and B before training. Those of eva and lora-ga, which need examples, are kaiming's until these are seen."""
+    """A and B before training. Those of eva, lora-ga and loftq are kaiming's until their observers have seen."""
     if init == "pissa":
-        U, S, Vh = largest_components(weight.dense().float(), rank)
-        root = (S / scale).sqrt()
-        return root[:, None] * Vh, U * root
+        return _split(weight.dense().float(), rank, scale)
     if init == "olora":
         W = weight.dense().float()
         B = torch.linalg.qr(W[:, :rank]).Q  # the first columns of Q need no others of W
@@ -71,7 +74,7 @@ class InputDirections:
     Twice as many as the rank, for `spread_ranks` to choose from; it is done when as many as the rank stand still.
     """
 
-    of: ClassVar[Literal["inputs", "gradients"]] = "inputs"
+    of: ClassVar[Literal["inputs", "gradients", "losses"]] = "inputs"
 
     def __init__(self, rank: int, site: Site) -> None:
         self.rank, self.most = rank, min(_SPREAD * rank, site.out, site.in_)
@@ -100,7 +103,7 @@ class InputDirections:
 class MeanGradient:
     """LoRA-GA: the sum, as good as the mean, of the gradients of some batches."""
 
-    of: ClassVar[Literal["inputs", "gradients"]] = "gradients"
+    of: ClassVar[Literal["inputs", "gradients", "losses"]] = "gradients"
 
     def __init__(self) -> None:
         self.sum: Tensor | None = None
@@ -124,6 +127,25 @@ class MeanGradient:
         return size * Vh[:rank], size * U[:, rank : 2 * rank]
 
 
+class StorageLoss:
+    """LoftQ: the factors of what storing the weight in fewer bits lost."""
+
+    of: ClassVar[Literal["inputs", "gradients", "losses"]] = "losses"
+
+    def __init__(self, rank: int, scale: float) -> None:
+        self.rank, self.scale = rank, scale
+        self.factors: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether it was seen."""
+        return self.factors is not None
+
+    def see(self, seen: Float[Tensor, "out in"]) -> None:
+        """Takes W − Q apart."""
+        self.factors = _split(seen.float(), self.rank, self.scale)
+
+
 def spread_ranks(ranks: Mapping[str, int], observers: Mapping[str, Observer]) -> dict[str, int]:
     """EVA: the ranks of all layers, dealt anew to the directions that explain most. Their sum stays.
 
@@ -141,6 +163,15 @@ def spread_ranks(ranks: Mapping[str, int], observers: Mapping[str, Observer]) ->
         explained += [(share, path) for share in observer.explained[1:]]
     best = sorted(explained, key=lambda entry: -entry[0])[: sum(ranks.values()) - len(ranks)]
     return {path: 1 + sum(path == chosen for _, chosen in best) for path in ranks}
+
+
+def _split(
+    matrix: Float[Tensor, "out in"], rank: int, scale: float
+) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+    """A and B of the same size with scale·B·A = the largest components of the matrix."""
+    U, S, Vh = largest_components(matrix, rank)
+    root = (S / scale).sqrt()
+    return root[:, None] * Vh, U * root
 
 
 def largest_components(

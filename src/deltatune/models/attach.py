@@ -18,7 +18,7 @@ from deltatune.methods import Method, Mixed, OverLayers, Selection, SoftPrompt
 from deltatune.models.adapted import Adapted
 from deltatune.models.fingerprint import fingerprint
 from deltatune.models.layers import Layers, place, put_layers
-from deltatune.models.observe import Examples
+from deltatune.models.observe import Examples, Originals
 from deltatune.models.part import Part
 from deltatune.models.prompts import put_prompt
 from deltatune.models.selected import put_selection
@@ -64,14 +64,17 @@ def attach(
     head: tuple[str, ...] | None = None,
     seed: int = 0,
     examples: Examples = (),
+    originals: Originals | None = None,
 ) -> Model:
     """Attaches `method` to `model` in place under `name`, makes it the active one, and returns the model.
 
     `head` names the modules that train besides; left out, they are found (`find_head`). `seed` decides the
     initial values of what is added. A few methods take these from `examples`: batches of what the model is called with,
-    labels included; the others do not read them. Methods that add weight deltas can stand side by side; see `activate`.
-    Raises `UserError` for targets that match nothing, hyperparameters that do not fit a layer, a name that is taken,
-    examples that are wanted and not given, and a method that changes the base's own parameters beside another one.
+    labels included; the others do not read them. LoRA's loftq begins with the weights as they were before they were
+    quantised: `originals` (see `deltatune.originals`) reads them again. Adapters can stand side by side; see
+    `activate`. Raises `UserError` for targets that match nothing, hyperparameters that do not fit a layer, a name that
+    is taken, examples or originals that are wanted and not given, and a method that changes the base's own parameters
+    beside another one.
     """
     others, before = attachments(model), attachment(model)
     _check_name(name, method, others)
@@ -85,7 +88,7 @@ def attach(
         for one in parts_of(method):
             if isinstance(one, OverLayers):
                 one.check_base(mark)
-        parts = _put_all(model, method, name, head, generator, examples)
+        parts = _put_all(model, method, name, head, generator, examples, originals)
     except UserError:
         if before is not None:
             activate(model, before.name)
@@ -306,12 +309,13 @@ def _put_all(
     head: tuple[str, ...],
     generator: torch.Generator,
     examples: Examples,
+    originals: Originals | None,
 ) -> tuple[Part, ...]:
     """Puts a method, or all those of a mix, on the model; what stands on it already goes again when one is refused."""
     parts: list[Part] = []
     try:
         for one in parts_of(method):
-            parts.append(_put(model, one, name, head, generator, examples))
+            parts.append(_put(model, one, name, head, generator, examples, originals))
             _refuse_shared(parts)
     except UserError:
         for part in parts:
@@ -349,13 +353,14 @@ def _put(
     head: tuple[str, ...],
     generator: torch.Generator,
     examples: Examples,
+    originals: Originals | None,
 ) -> Part:
     """Puts one method on the model; refuses before anything is changed."""
     if isinstance(method, OverLayers):
         placed = place(model, method, head)
         _refuse_overlap(name, head, placed.modules, attachments(model))
         _refuse_twice(model, method, placed.modules, name)
-        return put_layers(model, method, placed, name, head, generator, examples)
+        return put_layers(model, method, placed, name, head, generator, examples, originals)
     if isinstance(method, SoftPrompt):
         return put_prompt(model, method, name, head, generator)
     if isinstance(method, Selection):

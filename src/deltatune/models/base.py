@@ -2,13 +2,14 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -22,7 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from deltatune.errors import UserError, unknown
 from deltatune.files import read_json
-from deltatune.models.quantise import METHOD, Storages, place_storages, read_storages
+from deltatune.models.observe import Originals
+from deltatune.models.quantise import METHOD, Storages, place_storages, read_storages, storages_of
 from deltatune.models.streaming import StorageConfig, put_empty
 from deltatune.packages import MINILM, Package, fetch
 
@@ -79,6 +81,21 @@ def load(
         model = _model(place, _config(place, labels), dtype, read_storages(storage))
         tokenizer = _tokenizer(place, model)
     return Base(model, tokenizer, place.id, place.revision)
+
+
+def originals(base: Base) -> Originals:
+    """What reads the weights of a quantised base once more, as its files have them; for `attach`.
+
+    They come one by one, as when the base was loaded, and are forgotten. A base whose files hold codes has none.
+    """
+
+    def read(see: Callable[[str, Tensor], None]) -> None:
+        place = find_base(base.id, base.revision)
+        with quiet(), torch.random.fork_rng():
+            config = _config(place, list(base.model.config.id2label.values()))
+            _model(place, config, torch.float32, storages_of(base.model), see)
+
+    return read
 
 
 def outline(place: Place, *, labels: Sequence[str], storage: Storages = "") -> PreTrainedModel:
@@ -204,11 +221,13 @@ def _refuse_foreign_storage(place: Place, config: PreTrainedConfig) -> None:
         )
 
 
-def _quantiser(place: Place, config: PreTrainedConfig, storages: Mapping[str, str]) -> StorageConfig | None:
+def _quantiser(
+    place: Place, config: PreTrainedConfig, storages: Mapping[str, str], see: Callable[[str, Tensor], None] | None
+) -> StorageConfig | None:
     """What Transformers is told about quantising; None where nothing is to do, or the base says it itself."""
     noted = getattr(config, "quantization_config", None)
     if noted is None:
-        return StorageConfig(storages) if storages else None
+        return StorageConfig(storages, see=see) if storages else None
     if storages and storages != noted["storages"]:
         raise UserError(
             f"'{place.id}' is stored as {noted['storages']}, and cannot be stored as {dict(storages)}",
@@ -217,8 +236,14 @@ def _quantiser(place: Place, config: PreTrainedConfig, storages: Mapping[str, st
     return None
 
 
-def _model(place: Place, config: PreTrainedConfig, dtype: torch.dtype, storages: Mapping[str, str]) -> PreTrainedModel:
-    quantiser = _quantiser(place, config, storages)
+def _model(
+    place: Place,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    storages: Mapping[str, str],
+    see: Callable[[str, Tensor], None] | None = None,
+) -> PreTrainedModel:
+    quantiser = _quantiser(place, config, storages, see)
     try:
         model, report = AutoModelForSequenceClassification.from_pretrained(
             place.source,

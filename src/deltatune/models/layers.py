@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from deltatune.errors import UserError
 from deltatune.methods import BlockInsert, Observer, OverLayers, Site
-from deltatune.models.adapted import Adapted, AdaptedLinear, adapt
-from deltatune.models.observe import Examples, observe
+from deltatune.models.adapted import Adapted, AdaptedLinear, adapt, quantised_layers
+from deltatune.models.observe import Examples, Originals, observe, observe_losses
 from deltatune.models.part import Part
 from deltatune.models.roles import Role, embedding_roles, linear_roles
 from deltatune.models.sublayers import begin_of, in_blocks
@@ -161,9 +161,10 @@ def put_layers(
     head: tuple[str, ...],
     generator: torch.Generator,
     examples: Examples,
+    originals: Originals | None,
 ) -> Layers:
     """Wraps the layers of `placed` and gives each its module, with first values from examples where it wants them."""
-    observers = _observed(model, placed, examples)
+    observers = _observed(model, placed, examples, originals)
     if observers:
         method = method.informed(placed.modules, observers)
         placed = place(model, method, head)
@@ -184,15 +185,31 @@ def put_layers(
     return Layers(method, name, placed.matched, placed.modules, layers, shared, begins)
 
 
-def _observed(model: nn.Module, placed: Placed, examples: Examples) -> dict[str, Observer]:
-    """The observers of a method, by path, that saw the examples; none where it has none, or the model no weights."""
+def _observed(model: nn.Module, placed: Placed, examples: Examples, originals: Originals | None) -> dict[str, Observer]:
+    """The observers of a method, by path, that saw what they want; none where it has none, or the model no weights."""
     wanted = {path: variant.observer(placed.sites[path]) for path, variant in placed.modules.items()}
     observers = {path: observer for path, observer in wanted.items() if observer is not None}
+    losses = {path: observer for path, observer in observers.items() if observer.of == "losses"}
+    name = next(iter(placed.modules.values())).name
+    for path in sorted(losses.keys() - quantised_layers(model).keys()):
+        raise UserError(
+            f"{name} begins with what storing weights in fewer bits lost, and {path} is stored as it is",
+            "load the base with a storage such as nf4, or choose another init",
+        )
     if not observers or any(parameter.is_meta for parameter in model.parameters()):
         return {}
-    if not observe(model, observers, examples):
+    if losses:
+        if originals is not None:
+            observe_losses(model, losses, originals)
+        if not all(observer.done for observer in losses.values()):
+            raise UserError(
+                f"{name} begins with what storing weights in fewer bits lost, and there are no weights as they were",
+                "give attach originals=deltatune.originals(base), of a base whose files hold them; tune does so itself",
+            )
+    seeing = {path: observer for path, observer in observers.items() if path not in losses}
+    if seeing and not observe(model, seeing, examples):
         raise UserError(
-            f"{next(iter(placed.modules.values())).name} takes its first values from examples here, and there are none",
+            f"{name} takes its first values from examples here, and there are none",
             "give some batches: attach(model, method, examples=batches); deltatune.tune does so itself",
         )
     return observers

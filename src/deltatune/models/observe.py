@@ -1,6 +1,6 @@
 """Showing examples to a method before it is attached: the inputs of each site, or the loss's gradient by its weight."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,9 +11,14 @@ from torch.utils.hooks import RemovableHandle
 
 from deltatune.errors import UserError
 from deltatune.methods import Observer
+from deltatune.models.adapted import Adapted
+from deltatune.weights import weight_of
 
 Examples = Iterable[Mapping[str, Tensor]]
 """Batches of what the model takes; with labels where a method looks at gradients."""
+
+Originals = Callable[[Callable[[str, Tensor], None]], None]
+"""Calls back with the path of each quantised layer and its weight (out, in) as it was before, one after the other."""
 
 
 def observe(model: nn.Module, observers: Mapping[str, Observer], examples: Examples) -> int:
@@ -44,6 +49,20 @@ def observe(model: nn.Module, observers: Mapping[str, Observer], examples: Examp
             if all(observer.done for observer in observers.values()):
                 break
     return batches
+
+
+def observe_losses(model: nn.Module, observers: Mapping[str, Observer], originals: Originals) -> None:
+    """Shows each observer, by module path, what storing the weight there lost."""
+
+    def see(path: str, weight: Float[Tensor, "out in"]) -> None:
+        if path in observers:
+            layer = model.get_submodule(path)
+            frozen = layer.frozen if isinstance(layer, Adapted) else weight_of(layer)
+            stored = frozen.dense()
+            observers[path].see(weight.to(stored.device, torch.float32) - stored.float())
+
+    with torch.no_grad():
+        originals(see)
 
 
 def _watch_inputs(layer: nn.Module, observer: Observer, batch: Mapping[str, Tensor]) -> tuple[RemovableHandle, ...]:

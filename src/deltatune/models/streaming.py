@@ -4,7 +4,7 @@ It has an interface for that, which keeps what it knows of every architecture: n
 tied weights, shards. A model that was saved quantised is read through the same interface.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -28,8 +28,11 @@ class StorageConfig(QuantizationConfigMixin):  # type: ignore[misc]  # Transform
         storages: Mapping[str, str],
         layers: Mapping[str, list[str]] | None = None,
         quant_method: str = METHOD,
+        see: Callable[[str, Tensor], None] | None = None,
     ) -> None:
         self.storages, self.layers, self.quant_method = dict(storages), layers, quant_method
+        self.see = see
+        """Is shown each weight (out, in) as it was read, by the path of its layer."""
 
 
 @register_quantizer(METHOD)
@@ -100,6 +103,8 @@ class StoreWeight(ConversionOps):  # type: ignore[misc]
             try:
                 if tensor.shape != wanted:
                     raise UserError(f"it has shape {[*tensor.shape]}, not {[*wanted]}")
+                if see := self.quantiser.quantization_config.see:
+                    see(path, tensor.T if is_transposed(layer) else tensor)
                 _put(model, path, QuantisedLinear.of(layer, self.quantiser.placed[path], tensor))
             except UserError as error:
                 self.quantiser.problem = self.quantiser.problem or UserError(f"{name}: {error.message}", error.hint)

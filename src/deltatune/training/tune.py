@@ -11,9 +11,9 @@ from deltatune.data.batches import collate, epoch
 from deltatune.data.examples import TextData
 from deltatune.data.tokens import Tokens, length_limit, tokenize
 from deltatune.dropout import replace_dropout
-from deltatune.methods import Method, SoftPrompt
-from deltatune.models.attach import attach
-from deltatune.models.base import Base
+from deltatune.methods import Method, Mixed, SoftPrompt
+from deltatune.models.attach import attach, parts_of
+from deltatune.models.base import Base, originals
 from deltatune.training.attention import choose_attention
 from deltatune.training.evaluation import Scores
 from deltatune.training.events import Finished, Listener
@@ -61,9 +61,11 @@ def tune(
     settings = settings or Training()
     model = base.model
     method = _with_token_ids(method, base.tokenizer)
-    limit = length_limit(base.tokenizer, model.config, settings.max_length, getattr(method, "virtual_tokens", 0))
+    virtual_tokens = sum(getattr(part, "virtual_tokens", 0) for part in parts_of(method))
+    limit = length_limit(base.tokenizer, model.config, settings.max_length, virtual_tokens)
     examples = tokenize(data.train, base.tokenizer, limit)
-    attach(model, method, seed=seed, examples=_first_batches(examples, settings, seed, model.config.pad_token_id))
+    first = _first_batches(examples, settings, seed, model.config.pad_token_id)
+    attach(model, method, seed=seed, examples=first, originals=originals(base))
     rate = settings.learning_rate or method.learning_rate
     precision = resolve(settings.precision, model.device)
     prepare(model, precision)
@@ -79,6 +81,8 @@ def tune(
 
 def _with_token_ids(method: Method, tokenizer: PreTrainedTokenizerBase) -> Method:
     """The method with the tokens of the text that it begins with, where it has one."""
+    if isinstance(method, Mixed):
+        return Mixed(*(_with_token_ids(part, tokenizer) for part in method.parts))
     if not isinstance(method, SoftPrompt):
         return method
     return method.tokenised(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
