@@ -46,16 +46,18 @@ def tiny_model(
 
     `options` are fields of its configuration.
     """
-    return copy.deepcopy(_model(architecture, labels, seed, dtype, **options))
+    return copy.deepcopy(_model(architecture, labels, seed, dtype, tuple(options.items())))
 
 
 @cache
-def _model(architecture: str, labels: int, seed: int, dtype: torch.dtype, **options) -> PreTrainedModel:
+def _model(
+    architecture: str, labels: int, seed: int, dtype: torch.dtype, options: tuple[tuple[str, object], ...]
+) -> PreTrainedModel:
     """The model that `tiny_model` gives copies of: copying takes a fraction of the time."""
     auto = AutoModelForImageClassification if architecture == "vit" else AutoModelForSequenceClassification
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return auto.from_config(tiny_config(architecture, num_labels=labels, **options), dtype=dtype).eval()
+        return auto.from_config(tiny_config(architecture, num_labels=labels, **dict(options)), dtype=dtype).eval()
 
 
 def tiny_images(seed: int = 1) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from deltatune.methods import METHODS, BlockInsert, Delta, Method, OverLayers, Site, WeightDelta, make
+from deltatune.methods import METHODS, BlockInsert, Delta, Method, OverLayers, Site, SoftPrompt, WeightDelta, make
 from deltatune.models.adapted import AdaptedLinear
 from deltatune.weights import QuantisedLinear, Storage, weight_of
 
@@ -21,12 +21,15 @@ FITTING: dict[str, dict] = {
     "waveft": {"coefficients": 60},
     "fourierft": {"coefficients": 60},
     "shira": {"rank": 3},
+    "last-k": {"k": 1},
+    "select": {"parameters": "attention"},
     "houlsby": {"reduction": 8},
     "pfeiffer": {"reduction": 8},
     "compacter": {"reduction": 5, "n": 2},
     "adapterfusion": {"parts": ({"reduction": 4}, {"reduction": 8, "activation": "gelu", "scale": 2.0})},
-    "last-k": {"k": 1},
-    "select": {"parameters": "attention"},
+    "prompt": {"virtual_tokens": 5},
+    "ptuning": {"virtual_tokens": 5, "hidden": 8},
+    "prefix": {"virtual_tokens": 5, "hidden": 8},
 }
 """Options without which a method does not fit layers as small as the ones here, or has nothing to do."""
 
@@ -80,14 +83,17 @@ VARIANTS: dict[str, list[dict]] = {
     "shira": [
         {"rank": 7, "mask_seed": 5},
     ],
-    "houlsby": [{"reduction": 4, "init": "zero-up", "scale": 0.5, "activation": "tanh"}],
-    "pfeiffer": [{"activation": "silu", "leave_out": (0,)}],
-    "compacter": [{"reduction": 2, "rank": 2, "init": "zero-up", "scale": 3.0, "activation": "relu"}],
-    "parallel": [{"init": "normal", "scale": 1.0, "activation": "gelu"}],
     "full": [{"exclude": ["embeddings", "norms"]}],
     "bitfit": [{"biases": ["up", "norms"]}],
     "last-k": [{"k": 2}],
     "select": [{"parameters": ["embeddings", "mlp", ".*[.]0[.].*"], "exclude": "biases"}],
+    "houlsby": [{"reduction": 4, "init": "zero-up", "scale": 0.5, "activation": "tanh"}],
+    "pfeiffer": [{"activation": "silu", "leave_out": (0,)}],
+    "compacter": [{"reduction": 2, "rank": 2, "init": "zero-up", "scale": 3.0, "activation": "relu"}],
+    "parallel": [{"init": "normal", "scale": 1.0, "activation": "gelu"}],
+    "prompt": [{"init": "noise"}, {"init": "text", "token_ids": (7, 9, 4)}],
+    "ptuning": [{"encoder": "lstm"}],
+    "prefix": [{"projection": True}],
 }
 """Options that change a formula and so deserve the laws of their own; the defaults are always tested."""
 
@@ -116,6 +122,7 @@ def _named(kind: str) -> dict[str, Method]:
 DELTAS: dict[str, WeightDelta] = _named("weight delta")
 INSERTS: dict[str, BlockInsert] = _named("block insert")
 OVER_LAYERS: dict[str, OverLayers] = {**DELTAS, **INSERTS}
+PROMPTS: dict[str, SoftPrompt] = _named("soft prompt")
 SELECTIONS = _named("selection")
 EVERY = {**OVER_LAYERS, **SELECTIONS}
 

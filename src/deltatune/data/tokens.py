@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from deltatune.data.examples import Split
+from deltatune.models.positions import room_for_text
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,10 @@ def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int) 
     return Tokens(fields, tuple(split.labels), longest)
 
 
-def length_limit(tokenizer: PreTrainedTokenizerBase, config: Any, wanted: int) -> int:
-    """The most tokens an example may have: what is wanted, or what the model and its tokenizer have positions for."""
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or wanted
-    # RoBERTa counts positions from the padding id on: two of its 514 are never used by a token.
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "data2vec-text"):
-        positions -= config.pad_token_id + 1
-    return int(min(wanted, positions, tokenizer.model_max_length))
+def length_limit(tokenizer: PreTrainedTokenizerBase, config: Any, wanted: int, virtual: int = 0) -> int:
+    """The most tokens an example may have: what is wanted, or what the model and its tokenizer have positions for.
+
+    `virtual` tokens take positions too. Raises `UserError` where they leave none.
+    """
+    room = room_for_text(config, virtual)
+    return int(min(wanted, wanted if room is None else room, tokenizer.model_max_length))

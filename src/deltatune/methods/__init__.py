@@ -13,8 +13,10 @@ from deltatune.methods.contract import (
     Method,
     Observer,
     OverLayers,
+    Seat,
     Selection,
     Site,
+    SoftPrompt,
     Targets,
     WeightDelta,
 )
@@ -34,6 +36,9 @@ from deltatune.methods.norms import Norms
 from deltatune.methods.oft import OFT
 from deltatune.methods.parallel import Parallel
 from deltatune.methods.pfeiffer import Pfeiffer
+from deltatune.methods.prefix import Prefix
+from deltatune.methods.prompt import Prompt
+from deltatune.methods.ptuning import PTuning
 from deltatune.methods.registry import METHODS, make, options_of
 from deltatune.methods.select import Select
 from deltatune.methods.shira import SHiRA
@@ -70,12 +75,17 @@ __all__ = [
     "Norms",
     "Observer",
     "OverLayers",
+    "PTuning",
     "Parallel",
     "Pfeiffer",
+    "Prefix",
+    "Prompt",
     "SHiRA",
+    "Seat",
     "Select",
     "Selection",
     "Site",
+    "SoftPrompt",
     "Targets",
     "VBLoRA",
     "VeRA",

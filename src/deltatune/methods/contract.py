@@ -1,12 +1,12 @@
 """What a method is: a frozen dataclass of hyperparameters that can say, without any weights, what it adds and costs.
 
-Its kind is a small Protocol: a weight delta and a block insert stand over layers (`OverLayers`), a selection adds
-nothing. A method fills one of them in one file of its own; registering it (see `registry.py`) makes it appear on the
-command line, in comparisons, in the docs and in the conformance tests. A method derives from its Protocol for the parts
-that most methods do not need: those have a default here.
+Its kind is a small Protocol: a weight delta and a block insert stand over layers (`OverLayers`), a soft prompt adds
+virtual tokens, a selection adds nothing. A method fills one of them in one file of its own; registering it (see
+`registry.py`) makes it appear on the command line, in comparisons, in the docs and in the conformance tests. A method
+derives from its Protocol for the parts that most methods do not need: those have a default here.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from deltatune.weights import FrozenWeight
 
-Kind = Literal["weight delta", "block insert", "selection"]
+Kind = Literal["weight delta", "block insert", "soft prompt", "selection"]
 
 Targets = str | tuple[str, ...]
 """Which layers a method adapts: aliases, module names or regular expressions; one, or several."""
@@ -278,6 +278,75 @@ class BlockInsert(OverLayers, Protocol):
     """Whether its modules read what goes into the sub-layer; what comes out of it otherwise."""
     kind: ClassVar[Kind] = "block insert"
     unmergeable: ClassVar[str] = "it is not linear in the layer's input, so no weight gives the same output"
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """The place of a soft prompt in a model: its sizes alone."""
+
+    width: int
+    """Features of an input embedding; for a prefix, of what enters an attention layer."""
+    vocabulary: int = 0
+    """Rows of the input embedding; 0 for a prefix."""
+    keys: tuple[int, ...] = ()
+    """For a prefix: features of the keys of each attention layer, over all their heads. The values have as many."""
+
+
+@runtime_checkable
+class SoftPrompt(Method, Protocol):
+    """A method that adds virtual tokens: at the input, or as keys and values of every attention layer.
+
+    The base sees them in front of each text; what it gives for them is cut off, so that a classifier pools real tokens
+    and they carry no loss.
+    """
+
+    kind: ClassVar[Kind] = "soft prompt"
+    unmergeable: ClassVar[str] = "it adds virtual tokens to the input, and no weight gives the same output"
+    virtual_tokens: int
+    """How many; each takes a position of the model's."""
+    place: ClassVar[Literal["input", "attention"]]
+    keys: ClassVar[tuple[str, ...]]
+    """Keys in adapter files, or their beginnings; all start with `prompt_`."""
+
+    def parameters(self, seat: Seat) -> int:
+        """Trained parameters."""
+
+    def stored_parameters(self, seat: Seat) -> int:
+        """Numbers that an adapter file holds."""
+        return self.parameters(seat)
+
+    def prompt(
+        self, seat: Seat, vocabulary: Float[Tensor, "vocabulary width"] | None, generator: torch.Generator
+    ) -> nn.Module:
+        """A fresh module; `vocabulary` has the input embeddings, None where they have no values yet, or for a prefix.
+
+        At the input, called without arguments, it gives the virtual tokens (virtual_tokens, width); in attention, with
+        the number of a layer, that layer's keys and values (2, virtual_tokens, keys).
+        """
+
+    def tokenised(self, encode: Callable[[str], list[int]]) -> "SoftPrompt":
+        """The method with the token ids of the texts that it has."""
+        return self
+
+    # Its file form.
+
+    def stored(self, prompt: nn.Module) -> dict[str, Tensor]:
+        """The tensors that a file holds, by key: `prompt_embeddings`, as PEFT has it, and what else it trains."""
+
+    def restore(self, prompt: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Puts tensors as `stored` gave them into a prompt. Their names and shapes have been checked."""
+
+    def to_peft(self) -> dict[str, Any]:
+        """The method's own fields of adapter_config.json, beside those that every soft prompt has."""
+
+    @classmethod
+    def reads(cls, config: Mapping[str, Any]) -> bool:
+        """Whether an adapter_config.json describes this method."""
+        return bool(config.get("peft_type") == cls.peft_type)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, Any]) -> "SoftPrompt":
+        """The method that goes on training what PEFT's file holds: the resulting prompt, never what made it."""
 
 
 @runtime_checkable

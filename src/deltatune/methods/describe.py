@@ -25,7 +25,7 @@ def describe(name: str) -> dict[str, Any]:
         "summary": (kind.__doc__ or "").strip().splitlines()[0],
         "merges": f"no: {why}" if (why := getattr(kind, "unmergeable", "")) else "yes",
         "file": kind.peft_type,
-        "keys": [*getattr(kind, "suffixes", ()), *getattr(kind, "shared_suffixes", ())],
+        "keys": [name for keys in ("suffixes", "shared_suffixes", "keys") for name in getattr(kind, keys, ())],
         "learning_rate": kind.learning_rate,
         "options": [
             {"name": option, "default": value, "help": " ".join(help_of[option].get("description", "").split())}

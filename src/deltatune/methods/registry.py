@@ -29,6 +29,9 @@ from deltatune.methods.norms import Norms
 from deltatune.methods.oft import OFT
 from deltatune.methods.parallel import Parallel
 from deltatune.methods.pfeiffer import Pfeiffer
+from deltatune.methods.prefix import Prefix
+from deltatune.methods.prompt import Prompt
+from deltatune.methods.ptuning import PTuning
 from deltatune.methods.select import Select
 from deltatune.methods.shira import SHiRA
 from deltatune.methods.vblora import VBLoRA
@@ -61,6 +64,13 @@ _EVERY: tuple[type[Method], ...] = (
     Norms,
     LastK,
     Select,
+    Houlsby,
+    Pfeiffer,
+    Parallel,
+    Compacter,
+    Prompt,
+    PTuning,
+    Prefix,
 )
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _EVERY}
 """Every registered method, by its name."""

@@ -181,13 +181,18 @@ class AdaptedEmbedding(Adapted):
         return self.site.out
 
 
+class Added(nn.Module):
+    """A module beside the base's own ones, put there by a method: nothing in it is the base's."""
+
+
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The base's parameters by their names in the base, as if nothing were attached."""
     layers = [(path, module) for path, module in model.named_modules() if isinstance(module, Adapted)]
     names = {
         f"{path}.base.{name}": f"{path}.{name}" for path, layer in layers for name, _ in layer.base.named_parameters()
     }
-    added = {id(parameter) for _, layer in layers for parameter in layer.deltas.parameters()}
+    beside = [*(layer.deltas for _, layer in layers), *(m for m in model.modules() if isinstance(m, Added))]
+    added = {id(parameter) for module in beside for parameter in module.parameters()}
     return {
         names.get(name, name): parameter for name, parameter in model.named_parameters() if id(parameter) not in added
     }

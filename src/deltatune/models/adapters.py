@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from deltatune.errors import UserError
 from deltatune.files import new_folder, read_json, sha256, write_json
-from deltatune.methods import METHODS, Method, OverLayers, make, options_of
+from deltatune.methods import METHODS, Method, OverLayers, SoftPrompt, make, options_of
 from deltatune.models.adapted import base_parameters
 from deltatune.models.attach import (
     Attachment,
@@ -35,6 +35,7 @@ from deltatune.models.targets import below, ending
 CONFIG, TENSORS, ABOUT = "adapter_config.json", "adapter_model.safetensors", "deltatune.json"
 _SHARED = "base_model."
 _PREFIX = "base_model.model."
+_PROMPT = "prompt_"
 _REPEATED = ".base_layer.weight"
 _RECORD = {"format", "base", "method", "options", "head", "sha256"}
 
@@ -73,7 +74,9 @@ class SavedAdapter:
 
     @property
     def delta_keys(self) -> dict[str, tuple[str, str]]:
-        """Each key that belongs to a delta → its module path and its suffix."""
+        """Each key that belongs to a delta → its module path and its suffix; a soft prompt's have no path."""
+        if isinstance(self.method, SoftPrompt):
+            return {key: ("", key) for key in self.tensors if key.startswith(_PROMPT)}
         if not isinstance(self.method, OverLayers):
             return {}
         return {
@@ -92,7 +95,9 @@ def save_adapter(model: nn.Module, folder: Path | str, *, base: str = "", revisi
     done = attachment(model)
     if done is None:
         raise UserError("nothing is attached to this model, so there is nothing to save")
-    tensors = {_key(name): tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(model).items()}
+    tensors = {
+        _key(name, done.method): tensor.detach().cpu().contiguous() for name, tensor in adapter_tensors(model).items()
+    }
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UserError(
@@ -135,20 +140,22 @@ def read_adapter(folder: Path | str) -> SavedAdapter:
         )
     about = _read_record(folder)
     config = read_json(folder / CONFIG)
-    tensors = _read_tensors(folder / TENSORS)
+    method = make(about["method"], about["options"]) if about else _method(config)
+    tensors = _read_tensors(folder / TENSORS, _prefix(method))
     if about:
-        method = make(about["method"], about["options"])
         return SavedAdapter(folder, method, tensors, about["base"]["id"], about["base"]["revision"], about)
     repeated = {key: tensors.pop(key) for key in list(tensors) if key.endswith(_REPEATED)}
     saved = SavedAdapter(
         folder=folder,
-        method=_method(config),
+        method=method,
         tensors=tensors,
         base=config.get("base_model_name_or_path") or "",
         revision=config.get("revision") or "",
         about={},
         repeated={key.removesuffix(_REPEATED) + ".weight": tensor for key, tensor in repeated.items()},
     )
+    if isinstance(method, SoftPrompt):
+        return replace(saved, tensors=_used(tensors, method, config))
     return replace(saved, method=_on_saved_layers(saved))
 
 
@@ -250,7 +257,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
     return about
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"{path} is missing", "adapters in other formats (.bin) are not read: they can run code")
     try:
@@ -260,20 +267,42 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise UserError(f"{path} is not usable: {name} has values that are not finite numbers")
-    return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
-def _key(name: str) -> str:
+def _key(name: str, method: Method) -> str:
     """The key in a file of what `adapter_tensors` names."""
-    return name if name.startswith(_SHARED) else _PREFIX + name
+    return name if name.startswith((_SHARED, _PROMPT)) else _prefix(method) + name
+
+
+def _prefix(method: Method) -> str:
+    """What stands before a module path in a file. PEFT puts no module of its own around a model with a soft prompt."""
+    return _SHARED if isinstance(method, SoftPrompt) else _PREFIX
 
 
 def _method(config: Mapping[str, Any]) -> Method:
     for kind in METHODS.values():
-        if kind.kind != "selection" and cast(type[OverLayers], kind).reads(config):
-            return cast(type[OverLayers], kind).from_peft(config)
+        if kind.kind != "selection" and cast(type[OverLayers | SoftPrompt], kind).reads(config):
+            return cast(type[OverLayers | SoftPrompt], kind).from_peft(config)
     known = ", ".join(kind.peft_type for kind in METHODS.values())
     raise UserError(f"adapters of type {config.get('peft_type')!r} are not supported", f"known: {known}")
+
+
+def _used(tensors: dict[str, Tensor], method: SoftPrompt, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What PEFT uses of a soft prompt's tensors; in an encoder–decoder that is not all that its file holds.
+
+    It trains as many virtual tokens for the decoder, and never looks at them. And a decoder's layer i of n takes the
+    prefix that stands in place 2·i mod n, so that with an even n two layers share one.
+    """
+    prompt = tensors.get("prompt_embeddings")
+    if prompt is None or config.get("num_transformer_submodules") != 2:
+        return tensors
+    if method.place == "input":
+        return {**tensors, "prompt_embeddings": prompt[: method.virtual_tokens]}
+    layers = config["num_layers"]
+    taken = [2 * layer % layers for layer in range(layers)]
+    by_layer = prompt.view(len(prompt), layers, -1)[:, taken]
+    return {**tensors, "prompt_embeddings": by_layer.flatten(1)}
 
 
 def _on_saved_layers(saved: SavedAdapter) -> Method:

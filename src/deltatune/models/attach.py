@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltatune.errors import UserError, unknown
-from deltatune.methods import Method, OverLayers, Selection
+from deltatune.methods import Method, OverLayers, Selection, SoftPrompt
 from deltatune.models.adapted import Adapted
 from deltatune.models.fingerprint import fingerprint
 from deltatune.models.layers import Layers, place, put_layers
 from deltatune.models.observe import Examples
 from deltatune.models.part import Part
+from deltatune.models.prompts import put_prompt
 from deltatune.models.selected import put_selection
 from deltatune.models.targets import below
 
@@ -297,6 +298,8 @@ def _put(
         placed = place(model, method, head)
         _refuse_overlap(name, head, placed.modules, attachments(model))
         return put_layers(model, method, placed, name, head, generator, examples)
+    if isinstance(method, SoftPrompt):
+        return put_prompt(model, method, name, head, generator)
     if isinstance(method, Selection):
         return put_selection(model, method, head)
     raise UserError(f"{method!r} is no method", "use one such as deltatune.LoRA(rank=8)")

@@ -5,11 +5,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 from deltatune.errors import UserError
-from deltatune.methods import Method, OverLayers, Selection, make
+from deltatune.methods import Method, OverLayers, Selection, SoftPrompt, make
 from deltatune.models.attach import find_head
 from deltatune.models.base import Place, find_base, outline
 from deltatune.models.layers import place
+from deltatune.models.positions import room_for_text
 from deltatune.models.selected import put_selection
+from deltatune.models.stacks import find_stack
 from deltatune.models.targets import below
 
 
@@ -48,6 +50,11 @@ def count(base: Place, method: Method, labels: Sequence[str]) -> Counted:
             site = [placed.sites[path]]
             stored += variant.stored_parameters(site) - method.stored_parameters(site)
         return Counted(in_head + own + shared, in_head, stored, total + own + shared, len(sites))
+    if isinstance(method, SoftPrompt):
+        stack, seat = find_stack(model, method)
+        room_for_text(stack.module.config, method.virtual_tokens)
+        own = method.parameters(seat)
+        return Counted(in_head + own, in_head, in_head + method.stored_parameters(seat), total + own, len(seat.keys))
     selected = put_selection(model, cast(Selection, method), head).parameters.values()
     trainable = in_head + sum(parameter.numel() for parameter in selected)
     return Counted(trainable, in_head, trainable, total, 0)

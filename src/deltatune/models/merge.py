@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.errors import UserError
-from deltatune.methods import OverLayers
+from deltatune.methods import OverLayers, SoftPrompt
 from deltatune.models.attach import Model, adapted_layers, attachment
 from deltatune.models.quantise import note_storages, storages_of
 
@@ -38,7 +38,7 @@ def merge(model: nn.Module, probe: Mapping[str, Tensor] | None = None) -> Merged
     done = attachment(model)
     if done is None:
         raise UserError("nothing is attached to this model, so there is nothing to merge")
-    if isinstance(done.method, OverLayers) and done.method.unmergeable:
+    if isinstance(done.method, OverLayers | SoftPrompt) and done.method.unmergeable:
         raise UserError(f"{done.method.name} cannot be merged: {done.method.unmergeable}")
     _refuse_ties(model)
     before = None if probe is None else _output(model, probe)

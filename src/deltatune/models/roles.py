@@ -11,7 +11,7 @@ from typing import Literal
 from torch import nn
 from transformers import PreTrainedModel
 
-from deltatune.models.adapted import Adapted
+from deltatune.models.adapted import Adapted, Added
 from deltatune.weights import is_linear, weight_of
 
 Role = Literal[
@@ -116,6 +116,8 @@ def base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, Adapted):
             inside.append(f"{path}.")
             yield path, module.base
+        elif isinstance(module, Added):
+            inside.append(f"{path}.")
         elif not path.startswith(tuple(inside)):
             yield path, module
 

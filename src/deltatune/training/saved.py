@@ -61,7 +61,8 @@ def open_adapter(folder: Path, *, base: str = "", precision: str = "") -> Ready:
     trained = saved.about.get("training", {}).get("precision", "auto")
     computed = resolve(cast(Precision, precision or trained))
     prepare(loaded.model, computed)
-    limit = length_limit(loaded.tokenizer, loaded.model.config, saved.about.get("max_length", 256))
+    virtual = getattr(saved.method, "virtual_tokens", 0)
+    limit = length_limit(loaded.tokenizer, loaded.model.config, saved.about.get("max_length", 256), virtual)
     choose_attention(loaded.model, limit)
     return Ready(saved, loaded, computed, limit)
 

@@ -28,7 +28,7 @@ class Training(BaseModel):
     paged_folder: Path | None = None
     """Where `paged` keeps its files off CUDA: a folder on a disk. Left out: the system's temporary folder."""
     batch_tokens: int = Field(1024, ge=1)
-    """Tokens in a batch, padding included: its size follows the length of its examples."""
+    """Tokens in a batch, padding included but no virtual tokens: its size follows the length of its examples."""
     accumulate: int = Field(1, ge=1)
     """Batches whose gradients are summed into one optimiser step."""
     weight_decay: float = Field(0.01, ge=0)

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from deltatune.data.batches import collate, epoch
 from deltatune.data.examples import TextData
 from deltatune.data.tokens import Tokens, length_limit, tokenize
 from deltatune.dropout import replace_dropout
-from deltatune.methods import Method
+from deltatune.methods import Method, SoftPrompt
 from deltatune.models.attach import attach
 from deltatune.models.base import Base
 from deltatune.training.attention import choose_attention
@@ -59,7 +60,8 @@ def tune(
     """
     settings = settings or Training()
     model = base.model
-    limit = length_limit(base.tokenizer, model.config, settings.max_length)
+    method = _with_token_ids(method, base.tokenizer)
+    limit = length_limit(base.tokenizer, model.config, settings.max_length, getattr(method, "virtual_tokens", 0))
     examples = tokenize(data.train, base.tokenizer, limit)
     attach(model, method, seed=seed, examples=_first_batches(examples, settings, seed, model.config.pad_token_id))
     rate = settings.learning_rate or method.learning_rate
@@ -73,6 +75,13 @@ def tune(
     )
     settings = settings.model_copy(update={"learning_rate": rate, "precision": precision})
     return Tuned(base, method, settings, precision, limit, finished, scores, examples.truncated)
+
+
+def _with_token_ids(method: Method, tokenizer: PreTrainedTokenizerBase) -> Method:
+    """The method with the tokens of the text that it begins with, where it has one."""
+    if not isinstance(method, SoftPrompt):
+        return method
+    return method.tokenised(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _first_batches(examples: Tokens, settings: Training, seed: int, pad: int) -> Iterator[dict[str, Tensor]]:
