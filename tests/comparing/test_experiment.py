@@ -55,6 +55,18 @@ def test_a_file_that_is_no_text_is_refused_by_name(tmp_path):
             read_experiment(path, {})
 
 
+def test_a_method_can_have_a_storage_of_its_own():
+    by_target = {"method": "lora", "storage": {"mlp": "nf4:double=false", "attention": "int8"}}
+    one, two, plain = make_experiment({"methods": ["lora:rank=4,storage=nf4", by_target, "lora"]}).methods
+    assert (one.label, one.storage) == ("lora (rank=4, storage=nf4)", {"all-linear": "nf4:block=64,double=true"})
+    assert two.label == "lora (storage=mlp:nf4:double=false+attention:int8)"
+    assert two.storage == {"mlp": "nf4:block=64,double=false", "attention": "int8:block=64,double=true"}
+    assert plain.storage == {}
+    for wrong, error in (("nf5", "no storage named 'nf5'"), (5, "5 is no storage"), (["nf4"], "is no storage")):
+        with pytest.raises(UserError, match=error):
+            make_experiment({"methods": [{"method": "lora", "storage": wrong}]})
+
+
 def test_every_default_is_written_out():
     [full, lora] = make_experiment({"methods": ["full", "lora:rank=4"]}).model_dump(mode="json")["methods"]
     assert (full["label"], full["options"]) == ("full", {})

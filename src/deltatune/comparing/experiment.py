@@ -18,6 +18,9 @@ from deltatune.training.settings import Training
 _STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 _EXAMPLE = "an experiment is a mapping, such as  methods: [full, lora]"
 
+_OWN: tuple[str, ...] = ("learning_rate", "storage")
+"""What a method of an experiment has besides its hyperparameters, and words for a method may name among them."""
+
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -67,14 +70,14 @@ class MethodChoice(BaseModel):
         """Words become fields, and every hyperparameter that was left out gets its value."""
         if isinstance(value, str):
             name, options = parse(value)
-            own = {key: options.pop(key) for key in ("learning_rate", "storage") if key in options}
+            own = {key: options.pop(key) for key in _OWN if key in options}
             value = {"method": name, **own, "options": options}
         if not (isinstance(value, Mapping) and isinstance(value.get("method"), str)):
             return value
         name, options = value["method"], value.get("options") or {}
         if not isinstance(options, Mapping):
             return value
-        own = {key: value[key] for key in ("learning_rate", "storage") if value.get(key)}
+        own = {key: value[key] for key in _OWN if value.get(key)}
         label = value.get("label") or _label(name, {**options, **own})
         storage = read_storages(value.get("storage") or "")
         return {**value, "label": label, "options": options_of(make(name, options)), "storage": storage}

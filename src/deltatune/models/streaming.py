@@ -5,9 +5,8 @@ tied weights, shards. A model that was saved quantised is read through the same 
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import ConversionOps
@@ -17,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from deltatune.errors import UserError
 from deltatune.models.quantise import METHOD, note_storages, place_storages
-from deltatune.weights import QuantisedLinear, Storage, is_transposed, parse_storage
+from deltatune.weights import QuantisedLinear, Storage, is_transposed, parse_storage, weight_of
 
 
 @register_quantization_config(METHOD)
@@ -52,7 +51,7 @@ class StreamingQuantiser(HfQuantizer):  # type: ignore[misc]
             for path in paths:
                 put_empty(model, path, parse_storage(words))
 
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: Any) -> bool:
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **options: Any) -> bool:
         """Whether that parameter is the weight of a layer that is to be stored otherwise."""
         path, _, name = param_name.rpartition(".")
         return name == "weight" and path in self.placed
@@ -97,9 +96,10 @@ class StoreWeight(ConversionOps):  # type: ignore[misc]
         for name, value in input_dict.items():
             path, tensor = name.removesuffix(".weight"), value[0] if isinstance(value, list) else value
             layer = model.get_submodule(path)
+            wanted = cast(Tensor, layer.weight).shape
             try:
-                if tensor.shape != layer.weight.shape:
-                    raise UserError(f"it has shape {[*tensor.shape]}, not {[*layer.weight.shape]}")
+                if tensor.shape != wanted:
+                    raise UserError(f"it has shape {[*tensor.shape]}, not {[*wanted]}")
                 _put(model, path, QuantisedLinear.of(layer, self.quantiser.placed[path], tensor))
             except UserError as error:
                 self.quantiser.problem = self.quantiser.problem or UserError(f"{name}: {error.message}", error.hint)
@@ -112,11 +112,10 @@ class StoreWeight(ConversionOps):  # type: ignore[misc]
 def put_empty(model: nn.Module, path: str, storage: Storage) -> None:
     """Puts a quantised layer without numbers, on the meta device, in the place of an ordinary one."""
     layer = model.get_submodule(path)
-    out, in_ = layer.weight.T.shape if is_transposed(layer) else layer.weight.shape  # type: ignore[operator, union-attr]
-    empty = QuantisedLinear(
-        in_, out, storage, bias=layer.bias is not None, transposed=is_transposed(layer), device=torch.device("meta")
-    )
-    empty.dtype = layer.weight.dtype  # type: ignore[assignment]
+    weight, transposed = weight_of(layer), is_transposed(layer)
+    bias = layer.bias is not None
+    empty = QuantisedLinear(weight.in_, weight.out, storage, bias=bias, transposed=transposed, device="meta")
+    empty.dtype = cast(Tensor, layer.weight).dtype
     _put(model, path, empty)
 
 
