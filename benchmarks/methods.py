@@ -1,4 +1,4 @@
-"""What a training step of each weight-delta method costs: relative to LoRA at the same targets, and to PEFT's own.
+"""What a training step of each weight delta and block insert costs, relative to LoRA at the same targets and to PEFT.
 
 python benchmarks/methods.py [METHOD[:option=value,…] …] [--rounds 15]
 
@@ -23,12 +23,13 @@ from torch import nn
 import deltatune
 from deltatune.data.batches import Batch, collate, epoch
 from deltatune.data.tokens import tokenize
-from deltatune.methods import METHODS, WeightDelta, make, parse
+from deltatune.methods import METHODS, OverLayers, make, parse
 from deltatune.training.attention import choose_attention
 from deltatune.training.precision import autocast, prepare, resolve
 
 LABELS = ("rotten", "fresh")
-FITTING = {"vblora": {"vector_length": 192}}
+KINDS = ("weight delta", "block insert")
+FITTING = {"vblora": {"vector_length": 192}, "adapterfusion": {"parts": ({}, {})}}
 """Options without which a method does not fit the widths of `minilm`."""
 
 
@@ -42,14 +43,14 @@ def fresh() -> nn.Module:
     return model
 
 
-def ours(method: WeightDelta, precision: str) -> nn.Module:
+def ours(method: OverLayers, precision: str) -> nn.Module:
     """Our adapter on the base, ready to train."""
     model = deltatune.attach(fresh(), method)
     prepare(model, precision)
     return model.train()
 
 
-def theirs(method: WeightDelta, precision: str) -> nn.Module:
+def theirs(method: OverLayers, precision: str) -> nn.Module:
     """PEFT's adapter of the same shape on the base, ready to train."""
     with tempfile.TemporaryDirectory() as folder:
         deltatune.save_adapter(deltatune.attach(fresh(), method), folder)
@@ -74,13 +75,13 @@ def step(model: nn.Module, batch: Batch, precision: str) -> float:
 
 
 def main() -> None:
-    """Measures what the command line names, or every registered weight delta."""
+    """Measures what the command line names, or every registered weight delta and block insert."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("methods", nargs="*", metavar="METHOD")
     options.add_argument("--rounds", type=int, default=15, help="a multiple of 3 gives each variant each place")
     options.add_argument("--targets", default="", help="left out, each method's own")
     given = options.parse_args()
-    names = given.methods or [name for name, kind in METHODS.items() if kind.kind == "weight delta" and name != "lora"]
+    names = given.methods or [name for name, kind in METHODS.items() if kind.kind in KINDS and name != "lora"]
 
     precision = resolve("auto")
     data = deltatune.load_data("rotten-tomatoes").limited(train=2000, validation=10, test=10, seed=0)
@@ -91,7 +92,7 @@ def main() -> None:
     for words in names:
         name, chosen = parse(words)
         method = make(name, {**FITTING.get(name, {}), **chosen})
-        targets = given.targets or method.targets
+        targets = given.targets or method.targets  # of an insert the layers that it is over, which LoRA then adapts
         method = replace(method, targets=targets)
         variants = {"lora": ours(make("lora", {"targets": targets}), precision), "ours": ours(method, precision)}
         if not method.peft_type.startswith("DELTATUNE"):

@@ -26,10 +26,10 @@ FITTING: dict[str, dict] = {
     "houlsby": {"reduction": 8},
     "pfeiffer": {"reduction": 8},
     "compacter": {"reduction": 5, "n": 2},
+    "adapterfusion": {"parts": ({"reduction": 4}, {"reduction": 8, "activation": "gelu", "scale": 2.0})},
     "prompt": {"virtual_tokens": 5},
     "ptuning": {"virtual_tokens": 5, "hidden": 8},
     "prefix": {"virtual_tokens": 5, "hidden": 8},
-    "adapterfusion": {"parts": ({"reduction": 4}, {"reduction": 8, "activation": "gelu", "scale": 2.0})},
 }
 """Options without which a method does not fit layers as small as the ones here, or has nothing to do."""
 
