@@ -9,7 +9,6 @@ from deltatune.methods import Method, OverLayers, Selection, SoftPrompt, make
 from deltatune.models.attach import find_head
 from deltatune.models.base import Place, find_base, outline
 from deltatune.models.layers import place
-from deltatune.models.positions import room_for_text
 from deltatune.models.stacks import find_stack
 from deltatune.models.targets import below
 
@@ -50,8 +49,7 @@ def count(base: Place, method: Method, labels: Sequence[str]) -> Counted:
             stored += variant.stored_parameters(site) - method.stored_parameters(site)
         return Counted(in_head + own + shared, in_head, stored, total + own + shared, len(sites))
     if isinstance(method, SoftPrompt):
-        stack, seat = find_stack(model, method)
-        room_for_text(stack.module.config, method.virtual_tokens)
+        _, seat = find_stack(model, method)
         own = method.parameters(seat)
         return Counted(in_head + own, in_head, in_head + method.stored_parameters(seat), total + own, len(seat.keys))
     trainable = sum(size for name, size in sizes.items() if below(name, head) or cast(Selection, method).selects(name))

@@ -38,7 +38,9 @@ def merge(model: nn.Module, probe: Mapping[str, Tensor] | None = None) -> Merged
     if done is None:
         raise UserError("nothing is attached to this model, so there is nothing to merge")
     if isinstance(done.method, OverLayers | SoftPrompt) and done.method.unmergeable:
-        raise UserError(f"{done.method.name} cannot be merged: {done.method.unmergeable}")
+        raise UserError(
+            f"{done.method.name} cannot be merged: {done.method.unmergeable}", "keep the adapter beside the base"
+        )
     _refuse_ties(model)
     before = None if probe is None else _output(model, probe)
     layers = {path: layer for path, layer in adapted_layers(model).items() if layer.delta is not None}
