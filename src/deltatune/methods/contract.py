@@ -302,7 +302,7 @@ class SoftPrompt(Method, Protocol):
     """
 
     kind: ClassVar[Kind] = "soft prompt"
-    unmergeable: ClassVar[str] = "it adds virtual tokens to the input, and no weight gives the same output"
+    unmergeable: ClassVar[str] = "it adds virtual tokens, and no weight gives the same output"
     virtual_tokens: int
     """How many; each takes a position of the model's."""
     place: ClassVar[Literal["input", "attention"]]

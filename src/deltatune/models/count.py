@@ -11,7 +11,6 @@ from deltatune.methods import Method, Mixed, OverLayers, Selection, SoftPrompt, 
 from deltatune.models.attach import attach, find_head
 from deltatune.models.base import Place, find_base, outline
 from deltatune.models.layers import place
-from deltatune.models.positions import room_for_text
 from deltatune.models.selected import put_selection
 from deltatune.models.stacks import find_stack
 from deltatune.models.targets import below
@@ -68,8 +67,7 @@ def _count(model: PreTrainedModel, method: Method) -> Counted:
             stored += variant.stored_parameters(site) - method.stored_parameters(site)
         return Counted(in_head + own + shared, in_head, stored, total + own + shared, len(sites))
     if isinstance(method, SoftPrompt):
-        stack, seat = find_stack(model, method)
-        room_for_text(stack.module.config, method.virtual_tokens)
+        _, seat = find_stack(model, method)
         own = method.parameters(seat)
         return Counted(in_head + own, in_head, in_head + method.stored_parameters(seat), total + own, len(seat.keys))
     selected = put_selection(model, cast(Selection, method), head).parameters.values()

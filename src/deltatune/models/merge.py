@@ -39,7 +39,7 @@ def merge(model: nn.Module, probe: Mapping[str, Tensor] | None = None) -> Merged
         raise UserError("nothing is attached to this model, so there is nothing to merge")
     for part in done.parts:
         if why := getattr(part.method, "unmergeable", ""):
-            raise UserError(f"{part.method.name} cannot be merged: {why}")
+            raise UserError(f"{part.method.name} cannot be merged: {why}", "keep the adapter beside the base")
     _refuse_ties(model)
     before = None if probe is None else _output(model, probe)
     layers = {path: layer for path, layer in adapted_layers(model).items() if layer.delta is not None}

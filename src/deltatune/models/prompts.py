@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from deltatune.methods import Seat, SoftPrompt
 from deltatune.models.inputs import InputPrompt
 from deltatune.models.part import Part
-from deltatune.models.positions import room_for_text
 from deltatune.models.prefixes import AttentionPrefix
 from deltatune.models.stacks import Stack, find_stack
 
@@ -69,9 +68,7 @@ def put_prompt(
     Raises `UserError` where the architecture has no place for it, or no positions for so many virtual tokens.
     """
     stack, seat = find_stack(model, method)
-    config, embeddings = stack.module.config, None
-    if "position_ids" in stack.order:
-        room_for_text(config, method.virtual_tokens)
+    embeddings = None
     if method.place == "input" and not stack.module.get_input_embeddings().weight.is_meta:
         embeddings = stack.module.get_input_embeddings().weight.detach()
     prompt = method.prompt(seat, embeddings, generator).to(stack.module.device)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from deltatune.errors import UserError
 from deltatune.methods import Seat, SoftPrompt
 from deltatune.models.adapted import Adapted
+from deltatune.models.positions import room_for_text
 from deltatune.models.roles import linear_roles
 from deltatune.weights import is_linear, weight_of
 
@@ -73,7 +74,8 @@ def find_stack(model: nn.Module, method: SoftPrompt) -> tuple[Stack, Seat]:
     """The stack that the method acts on and its sizes, from shapes alone.
 
     That is the base model; in an encoder–decoder the encoder at the input, and the decoder in attention. Raises
-    `UserError` for one that takes no embedded tokens, or whose attention does not go through Transformers' interface.
+    `UserError` for one that takes no embedded tokens, or whose attention does not go through Transformers' interface,
+    and for more virtual tokens than it has positions for.
     """
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"{method.name} needs a model of Transformers, not a {type(model).__name__}")
@@ -84,9 +86,15 @@ def find_stack(model: nn.Module, method: SoftPrompt) -> tuple[Stack, Seat]:
     reader = next((path for path, module in model.named_modules() if module is decoder is not encoder), None)
     order = tuple(parameters)[1:]  # without self
     stack = Stack(path, cast(PreTrainedModel, chosen), order)
-    if method.place == "input":
-        return _at_input(stack, reader)
-    return _in_attention(model, stack)
+    room_for_text(stack.module.config, method.virtual_tokens)
+    if method.place == "attention":
+        return _in_attention(model, stack)
+    if reader is None and model.can_generate() and "past_key_values" not in order:
+        raise UserError(
+            f"{type(chosen).__name__} generates without a cache of keys and values, where virtual tokens could stay",
+            "use a method that adapts its layers, such as lora",
+        )
+    return _at_input(stack, reader)
 
 
 def _halves(model: PreTrainedModel) -> tuple[nn.Module, nn.Module]:
@@ -123,6 +131,8 @@ def _at_input(stack: Stack, reader: str | None) -> tuple[Stack, Seat]:
 def _in_attention(model: PreTrainedModel, stack: Stack) -> tuple[Stack, Seat]:
     """The first attention of every block: what follows in a block attends to an encoder."""
     name, inside = type(stack.module).__name__, f"{stack.path}." if stack.path else ""
+    if getattr(stack.module.config, "max_position_embeddings", None) and "position_ids" not in stack.order:
+        raise UserError(f"{name} counts positions by itself: they cannot be moved behind a prefix", _INSTEAD)
     found: dict[str, Attention] = {}
     roles = {path: role for path, role in linear_roles(model).items() if path.startswith(inside)}
     for path, role in roles.items():
