@@ -57,7 +57,7 @@ def test_a_file_that_is_no_text_is_refused_by_name(tmp_path):
 
 def test_every_default_is_written_out():
     [full, lora] = make_experiment({"methods": ["full", "lora:rank=4"]}).model_dump(mode="json")["methods"]
-    assert (full["label"], full["options"]) == ("full", {})
+    assert (full["label"], full["options"]) == ("full", {"exclude": []})
     assert lora["label"] == "lora (rank=4)"
     assert lora["options"]["rank"] == 4
     assert lora["options"]["targets"] == "all-linear"
