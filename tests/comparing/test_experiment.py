@@ -69,7 +69,7 @@ def test_a_method_can_have_a_storage_of_its_own():
 
 def test_every_default_is_written_out():
     [full, lora] = make_experiment({"methods": ["full", "lora:rank=4"]}).model_dump(mode="json")["methods"]
-    assert (full["label"], full["options"]) == ("full", {})
+    assert (full["label"], full["options"]) == ("full", {"exclude": []})
     assert lora["label"] == "lora (rank=4)"
     assert lora["options"]["rank"] == 4
     assert lora["options"]["targets"] == "all-linear"

@@ -1,8 +1,8 @@
 """Last-k: the top k blocks train. The backward pass ends below them, and what enters them can be kept (`cache`).
 
-Lee, Tang and Lin 2019, arXiv 1911.03090: a fourth of the layers is enough for most of the quality. The top blocks of an
-encoder–decoder are its decoder's; a larger k goes on with its encoder's. What stands above the blocks, such as a last
-norm or a trained pooler, stays frozen, but for the head.
+Lee, Tang and Lin 2019, arXiv 1911.03090: with the last fourth of the layers BERT and RoBERTa reach 90 % of the quality.
+The top blocks of an encoder–decoder are its decoder's; a larger k goes on with its encoder's. What stands above the
+blocks, such as a last norm or a pooler that the base brings, stays frozen; the head trains.
 """
 
 from collections.abc import Collection, Sequence
@@ -25,7 +25,7 @@ class LastK:
     title: ClassVar[str] = "Last-k"
     kind: ClassVar[Kind] = "selection"
     paper: ClassVar[str] = "arXiv 1911.03090"
-    learning_rate: ClassVar[float] = 2e-4
+    learning_rate: ClassVar[float] = 3e-4
     peft_type: ClassVar[str] = "DELTATUNE_LAST_K"
     __pydantic_config__ = CONFIG
 

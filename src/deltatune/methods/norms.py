@@ -20,7 +20,7 @@ class Norms:
     title: ClassVar[str] = "LayerNorm tuning"
     kind: ClassVar[Kind] = "selection"
     paper: ClassVar[str] = "arXiv 2312.11420"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 1e-2
     peft_type: ClassVar[str] = "DELTATUNE_NORMS"
     __pydantic_config__ = CONFIG
 

@@ -26,7 +26,7 @@ class Select:
     title: ClassVar[str] = "Selection by name"
     kind: ClassVar[Kind] = "selection"
     paper: ClassVar[str] = ""
-    learning_rate: ClassVar[float] = 2e-4
+    learning_rate: ClassVar[float] = 3e-4
     peft_type: ClassVar[str] = "DELTATUNE_SELECT"
     __pydantic_config__ = CONFIG
 
