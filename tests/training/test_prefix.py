@@ -62,6 +62,11 @@ def run(architecture: str, method: Method, **settings) -> tuple[list[float], dic
     return losses, runs
 
 
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was said of the cache."""
+    return [record.message for record in caplog.records if record.message.startswith("cache: ")]
+
+
 CASES = {
     "bert": (LastK(k=1), 1),
     "gpt2": (LastK(k=1), 1),
@@ -107,25 +112,21 @@ def test_a_disk_that_is_full_or_a_budget_used_up_costs_time_alone(
     plain, often = run("bert", LastK(k=1))
     one_batch = 40 * 32 * 4
     some, seldom = run("bert", LastK(k=1), cache=2 * one_batch)
-    assert [record.message for record in caplog.records] == [
-        "cache: its budget is used up after 2 batches; the others are computed anew"
-    ]
+    assert said(caplog) == ["cache: its budget is used up after 2 batches; the others are computed anew"]
     assert some == plain
     lowest = next(iter(often))
     assert sum(often[lowest]) - sum(seldom[lowest]) == 2 * (EPOCHS - 1)
     caplog.clear()
     monkeypatch.setattr("tempfile.tempdir", "/proc/self")  # where nothing can be written
     assert run("bert", LastK(k=1), cache="10MB", cache_on="disk") == (plain, often)
-    [line] = [record.message for record in caplog.records]
+    [line] = said(caplog)
     assert line.startswith("cache: its file could not be written: ")
 
 
 @pytest.mark.parametrize("method", [LoRA(rank=2), Full(), BitFit(), LastK(k=2)], ids=lambda method: method.name)
 def test_where_no_block_is_frozen_one_line_says_so(method: Method, caplog: pytest.LogCaptureFixture) -> None:
     run("bert", method, cache="10MB", epochs=0.1)
-    assert [record.message for record in caplog.records] == [
-        "cache: not used, no block lies below everything that trains"
-    ]
+    assert said(caplog) == ["cache: not used, no block lies below everything that trains"]
 
 
 def test_what_is_random_below_and_no_module_is_noticed(caplog: pytest.LogCaptureFixture) -> None:

@@ -23,7 +23,7 @@ class BitFit:
     title: ClassVar[str] = "BitFit"
     kind: ClassVar[Kind] = "selection"
     paper: ClassVar[str] = "arXiv 2106.10199"
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 5e-3
     peft_type: ClassVar[str] = "DELTATUNE_BITFIT"
     __pydantic_config__ = CONFIG
 
