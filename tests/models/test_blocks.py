@@ -174,6 +174,14 @@ def test_a_mixture_of_experts_is_refused_by_the_role_that_it_lacks() -> None:
         deltatune.attach(model, Pfeiffer())
 
 
+def test_experts_beside_a_shared_one_are_not_passed_over() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.experts = nn.Module()
+    with pytest.raises(UserError, match="experts is a mixture of experts"):
+        deltatune.attach(model, Houlsby())
+    deltatune.attach(model, Houlsby(targets="attention-output"))
+
+
 def test_an_insert_beside_stands_with_other_adapters_over_the_layer_it_reads() -> None:
     alone = shaken(deltatune.attach(tiny_model("llama"), Parallel()), seed=2)
     lora = LoRA(rank=2, targets="mlp")

@@ -53,7 +53,7 @@ class Compacter(Adapters):
     name: ClassVar[str] = "compacter"
     title: ClassVar[str] = "Compacter"
     paper: ClassVar[str] = "arXiv 2106.04647"
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-2
     peft_type: ClassVar[str] = "DELTATUNE_COMPACTER"
     suffixes: ClassVar[Mapping[str, str]] = {
         "compacter_s": "s",

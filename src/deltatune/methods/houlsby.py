@@ -38,7 +38,7 @@ class Houlsby(Adapters):
     name: ClassVar[str] = "houlsby"
     title: ClassVar[str] = "Houlsby's adapters"
     paper: ClassVar[str] = "arXiv 1902.00751"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-3
     peft_type: ClassVar[str] = "DELTATUNE_HOULSBY"
     __pydantic_config__ = CONFIG
 

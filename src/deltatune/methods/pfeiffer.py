@@ -37,7 +37,7 @@ class Pfeiffer(Adapters):
     name: ClassVar[str] = "pfeiffer"
     title: ClassVar[str] = "Pfeiffer's adapters"
     paper: ClassVar[str] = "arXiv 2005.00247"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 3e-3
     peft_type: ClassVar[str] = "DELTATUNE_PFEIFFER"
     __pydantic_config__ = CONFIG
 

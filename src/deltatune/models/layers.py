@@ -230,7 +230,13 @@ def _site(model: nn.Module, path: str, roles: Mapping[str, Role]) -> Site:
         return layer.site
     weight, has_bias = weight_of(layer), getattr(layer, "bias", None) is not None
     begin = begin_of(path, roles)
+    if begin and _inputs(model.get_submodule(begin)) != weight.out:  # what goes in and what comes out are of one width
+        begin = ""
     return Site(weight.out, weight.in_, path, roles[path], has_bias, isinstance(layer, nn.Embedding), begin)
+
+
+def _inputs(layer: nn.Module) -> int:
+    return (layer.frozen if isinstance(layer, Adapted) else weight_of(layer)).in_
 
 
 def _variants(model: nn.Module, method: OverLayers, roles: Mapping[str, Role]) -> dict[str, OverLayers]:

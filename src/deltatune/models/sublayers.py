@@ -35,6 +35,8 @@ def in_blocks(model: nn.Module, method: BlockInsert, matched: Matched, roles: Ma
     for target in matched.entries:
         if target in _ENDS:
             _refuse_gaps(method.name, _ENDS[target], blocks, roles)
+        if target == "mlp-down":
+            _refuse_experts(method.name, model)
     left = [blocks[number] for number in method.leave_out]
     kept = {entry: tuple(path for path in paths if not below(path, left)) for entry, paths in matched.entries.items()}
     if not any(kept.values()):
@@ -73,6 +75,16 @@ def _refuse_gaps(method: str, end: Role, blocks: Sequence[str], roles: Mapping[s
             f"its linear layers have the roles: {', '.join(sorted(found)) or 'none'}; name in targets those that end "
             "its sub-layers",
         )
+
+
+def _refuse_experts(method: str, model: nn.Module) -> None:
+    """Raises `UserError` for a mixture of experts: a layer that ends the shared one of them ends no sub-layer."""
+    for path, _ in model.named_modules():
+        if path.rpartition(".")[2] == "experts":
+            raise UserError(
+                f"{method}: {path} is a mixture of experts, so no layer of the role down ends its sub-layer",
+                "use targets=attention-output, or name layers",
+            )
 
 
 def _sub_layer(path: str) -> str:
