@@ -1,4 +1,4 @@
-"""Virtual tokens from the command line: they make room for themselves, begin as a text, and are scored as they were."""
+"""Virtual tokens from the command line: they leave room for themselves, begin as a text, and score as they did."""
 
 import json
 

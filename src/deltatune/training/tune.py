@@ -12,7 +12,7 @@ from deltatune.data.examples import TextData
 from deltatune.data.tokens import Tokens, length_limit, tokenize
 from deltatune.dropout import replace_dropout
 from deltatune.methods import Method, Mixed, SoftPrompt
-from deltatune.models.attach import attach, parts_of
+from deltatune.models.attach import attach
 from deltatune.models.base import Base, originals
 from deltatune.training.attention import choose_attention
 from deltatune.training.evaluation import Scores
@@ -61,7 +61,7 @@ def tune(
     settings = settings or Training()
     model = base.model
     method = _with_token_ids(method, base.tokenizer)
-    virtual_tokens = sum(getattr(part, "virtual_tokens", 0) for part in parts_of(method))
+    virtual_tokens = getattr(method, "virtual_tokens", 0)
     limit = length_limit(base.tokenizer, model.config, settings.max_length, virtual_tokens)
     examples = tokenize(data.train, base.tokenizer, limit)
     first = _first_batches(examples, settings, seed, model.config.pad_token_id)
