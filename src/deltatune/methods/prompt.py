@@ -42,7 +42,7 @@ class Prompt(SoftPrompt):
     name: ClassVar[str] = "prompt"
     title: ClassVar[str] = "Prompt tuning"
     paper: ClassVar[str] = "arXiv 2104.08691"
-    learning_rate: ClassVar[float] = 3e-2
+    learning_rate: ClassVar[float] = 1e-1
     peft_type: ClassVar[str] = "PROMPT_TUNING"
     place: ClassVar[Literal["input", "attention"]] = "input"
     keys: ClassVar[tuple[str, ...]] = (EMBEDDINGS,)
