@@ -6,6 +6,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -22,6 +23,7 @@ from conformance.cases import shaken
 from conformance.test_soft_prompts import bare_model, output
 from deltatune import Prefix, Prompt, PTuning
 from deltatune.errors import UserError
+from deltatune.files import write_json
 from deltatune.methods import SoftPrompt
 from deltatune.models.attach import attachment, trainable_parameters
 from deltatune.models.base import find_base
@@ -129,6 +131,14 @@ def test_a_prefix_on_a_model_without_a_cache_works_here_alone(tmp_path: Path) ->
     theirs = peft.PeftModel.from_pretrained(tiny_model("distilbert"), tmp_path)
     with pytest.raises(ValueError, match="does not support past key values"):
         theirs(**tiny_inputs())
+
+
+@pytest.mark.parametrize("config", [{"peft_type": "PROMPT_TUNING"}, {"peft_type": "PREFIX_TUNING"}])
+def test_a_configuration_without_a_number_of_virtual_tokens_is_refused(config: dict, tmp_path: Path) -> None:
+    write_json(tmp_path / "adapter_config.json", config)
+    save_file({"prompt_embeddings": torch.ones(5, 32)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="num_virtual_tokens=None"):
+        deltatune.read_adapter(tmp_path)
 
 
 def test_a_prompt_begins_as_words_of_the_vocabulary() -> None:

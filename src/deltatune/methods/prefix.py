@@ -27,7 +27,7 @@ from deltatune.methods.contract import CONFIG, Seat, SoftPrompt
 from deltatune.methods.encoders import linear, own_type
 from deltatune.methods.prompt import EMBEDDINGS
 from deltatune.methods.ptuning import ENCODER
-from deltatune.methods.values import at_least_one
+from deltatune.methods.values import at_least_one, whole
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Prefix(SoftPrompt):
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> "Prefix":
         """Reads PEFT's PrefixTuningConfig fields."""
-        return cls(virtual_tokens=config["num_virtual_tokens"])
+        return cls(virtual_tokens=whole("prefix tuning", config, "num_virtual_tokens"))
 
 
 class DirectPrefix(nn.Module):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from deltatune.errors import UserError
 from deltatune.methods.contract import CONFIG, Seat, SoftPrompt
-from deltatune.methods.values import at_least_one
+from deltatune.methods.values import at_least_one, whole
 
 EMBEDDINGS = "prompt_embeddings"
 """The key of the virtual tokens in PEFT's files."""
@@ -107,7 +107,7 @@ class Prompt(SoftPrompt):
     @classmethod
     def from_peft(cls, config: Mapping[str, Any]) -> "Prompt":
         """Reads PEFT's PromptTuningConfig fields."""
-        return cls(virtual_tokens=config["num_virtual_tokens"])
+        return cls(virtual_tokens=whole("prompt tuning", config, "num_virtual_tokens"))
 
 
 class PromptEmbeddings(nn.Module):

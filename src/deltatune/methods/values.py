@@ -56,6 +56,14 @@ def divides_both(method: str, site: Site, **lengths: int) -> None:
             )
 
 
+def whole(title: str, config: Mapping[str, Any], field: str) -> int:
+    """A count that an adapter_config.json must give; raises `UserError` where it does not."""
+    value = config.get(field)
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"this {title} adapter has {field}={value!r}, which is no number of them", "it is not complete")
+    return value
+
+
 def refuse_unsupported(title: str, config: Mapping[str, Any], plain: Mapping[str, Any]) -> None:
     """Raises `UserError` where a field of an adapter_config.json has another value than the plain one."""
     for key, value in plain.items():

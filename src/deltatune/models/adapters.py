@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from deltatune.errors import UserError
 from deltatune.files import new_folder, read_json, sha256, write_json
 from deltatune.methods import METHODS, Method, Mixed, OverLayers, SoftPrompt, make, options_of
+from deltatune.methods.values import whole
 from deltatune.models.adapted import base_parameters
 from deltatune.models.attach import (
     Attachment,
@@ -311,7 +312,9 @@ def _used(tensors: dict[str, Tensor], method: SoftPrompt, config: Mapping[str, A
         return tensors
     if method.place == "input":
         return {**tensors, "prompt_embeddings": prompt[: method.virtual_tokens]}
-    layers = config["num_layers"]
+    layers = whole("prefix tuning", config, "num_layers")
+    if prompt.ndim != 2 or prompt.shape[1] % layers:
+        return tensors  # of a shape that is refused
     taken = [2 * layer % layers for layer in range(layers)]
     by_layer = prompt.view(len(prompt), layers, -1)[:, taken]
     return {**tensors, "prompt_embeddings": by_layer.flatten(1)}
