@@ -51,15 +51,19 @@ def command(
 
 
 def _list(methods: list[dict[str, Any]]) -> Table:
-    table = Table("method", "family", "what it does", "merges", "paper", "file", box=None)
+    table = Table(box=None)
+    for heading in ("method", "family", "what it does", "merges", "paper", "file"):
+        table.add_column(heading, no_wrap=heading in ("method", "family", "file"))
     for method in methods:
-        table.add_row(*(method[key] for key in ("name", "family", "summary", "merges", "paper", "file")))
+        shown = {**method, "merges": method["merges"].partition(":")[0]}  # why not: `deltatune methods NAME`
+        table.add_row(*(shown[key] for key in ("name", "family", "summary", "merges", "paper", "file")))
     return table
 
 
 def _options(method: dict[str, Any]) -> Table:
     table = Table("option", "default", "what it does", box=None, title_justify="left")
     table.title = f"{method['title']}: {method['summary']}"
+    table.caption, table.caption_justify = f"merges into the base: {method['merges']}", "left"
     for option in method["options"]:
         table.add_row(option["name"], jsonlib.dumps(option["default"]), option["help"])
     return table

@@ -62,17 +62,13 @@ _EVERY: tuple[type[Method], ...] = (
     Parallel,
     Compacter,
     AdapterFusion,
+    Prompt,
+    PTuning,
+    Prefix,
     BitFit,
     Norms,
     LastK,
     Select,
-    Houlsby,
-    Pfeiffer,
-    Parallel,
-    Compacter,
-    Prompt,
-    PTuning,
-    Prefix,
 )
 METHODS: Mapping[str, type[Method]] = {method.name: method for method in _EVERY}
 """Every registered method, by its name."""
