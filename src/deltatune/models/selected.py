@@ -57,7 +57,7 @@ def put_selection(model: nn.Module, method: Selection, head: tuple[str, ...]) ->
     """Finds what `method` selects of the model's base, outside of `head`."""
     described, codes = _described(model, head)
     chosen = set(method.select([*described, *codes]))
-    for seen in chosen & codes.keys():
+    for seen in filter(chosen.__contains__, codes):
         raise UserError(
             f"{method.name} trains {seen.names[0]}, which is stored as {codes[seen].storage} and stays as it is",
             "load the base without a storage, or use a method that adds to frozen weights, such as lora",
