@@ -72,7 +72,7 @@ class AdaLoRA(WeightDelta):
     name: ClassVar[str] = "adalora"
     title: ClassVar[str] = "AdaLoRA"
     paper: ClassVar[str] = "arXiv 2303.10512"
-    learning_rate: ClassVar[float] = 5e-3
+    learning_rate: ClassVar[float] = 2e-2
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank"}
     peft_type: ClassVar[str] = "ADALORA"
     suffixes: ClassVar[Mapping[str, str]] = {"lora_A": "A", "lora_B": "B", "lora_E": "Lambda"}

@@ -47,7 +47,7 @@ class FourierFT(WeightDelta):
     name: ClassVar[str] = "fourierft"
     title: ClassVar[str] = "FourierFT"
     paper: ClassVar[str] = "arXiv 2405.03003"
-    learning_rate: ClassVar[float] = 5e-2
+    learning_rate: ClassVar[float] = 1e-1
     patterns: ClassVar[Mapping[str, str]] = {"coefficients_pattern": "coefficients"}
     peft_type: ClassVar[str] = "FOURIERFT"
     suffixes: ClassVar[Mapping[str, str]] = {"fourierft_spectrum": "spectrum"}

@@ -39,7 +39,7 @@ class HiRA(WeightDelta):
     name: ClassVar[str] = "hira"
     title: ClassVar[str] = "HiRA"
     paper: ClassVar[str] = "ICLR 2025, openreview TwJrTz9cRS"
-    learning_rate: ClassVar[float] = 5e-3
+    learning_rate: ClassVar[float] = 1e-2
     peft_type: ClassVar[str] = "HIRA"
     suffixes: ClassVar[Mapping[str, str]] = {"hira_A": "A", "hira_B": "B"}
     __pydantic_config__ = CONFIG

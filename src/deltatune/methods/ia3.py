@@ -36,7 +36,7 @@ class IA3(WeightDelta):
     name: ClassVar[str] = "ia3"
     title: ClassVar[str] = "(IA)³"
     paper: ClassVar[str] = "arXiv 2205.05638"
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 6e-2
     patterns: ClassVar[Mapping[str, str]] = {"scales_pattern": "scales"}
     peft_type: ClassVar[str] = "IA3"
     suffixes: ClassVar[Mapping[str, str]] = {"ia3_l": "factors"}

@@ -45,7 +45,7 @@ class LoHa(WeightDelta):
     name: ClassVar[str] = "loha"
     title: ClassVar[str] = "LoHa"
     paper: ClassVar[str] = "arXiv 2108.06098"
-    learning_rate: ClassVar[float] = 5e-3
+    learning_rate: ClassVar[float] = 1e-2
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank", "alpha_pattern": "alpha"}
     peft_type: ClassVar[str] = "LOHA"
     suffixes: ClassVar[Mapping[str, str]] = {

@@ -48,7 +48,7 @@ class LoKr(WeightDelta):
     name: ClassVar[str] = "lokr"
     title: ClassVar[str] = "LoKr"
     paper: ClassVar[str] = "arXiv 2309.14859"
-    learning_rate: ClassVar[float] = 2e-3
+    learning_rate: ClassVar[float] = 1e-2
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank", "alpha_pattern": "alpha"}
     peft_type: ClassVar[str] = "LOKR"
     suffixes: ClassVar[Mapping[str, str]] = {

@@ -44,7 +44,7 @@ class Prefix(SoftPrompt):
     name: ClassVar[str] = "prefix"
     title: ClassVar[str] = "Prefix tuning"
     paper: ClassVar[str] = "arXiv 2101.00190"
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 3e-2
     peft_type: ClassVar[str] = "PREFIX_TUNING"
     place: ClassVar[Literal["input", "attention"]] = "attention"
     keys: ClassVar[tuple[str, ...]] = (EMBEDDINGS, ENCODER)

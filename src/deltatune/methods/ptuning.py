@@ -47,7 +47,7 @@ class PTuning(SoftPrompt):
     name: ClassVar[str] = "ptuning"
     title: ClassVar[str] = "P-tuning"
     paper: ClassVar[str] = "arXiv 2103.10385"
-    learning_rate: ClassVar[float] = 3e-3
+    learning_rate: ClassVar[float] = 1e-2
     peft_type: ClassVar[str] = "P_TUNING"
     place: ClassVar[Literal["input", "attention"]] = "input"
     keys: ClassVar[tuple[str, ...]] = (EMBEDDINGS, ENCODER)

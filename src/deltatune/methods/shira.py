@@ -36,7 +36,7 @@ class SHiRA(WeightDelta):
     name: ClassVar[str] = "shira"
     title: ClassVar[str] = "SHiRA"
     paper: ClassVar[str] = "arXiv 2406.13175"
-    learning_rate: ClassVar[float] = 1e-3
+    learning_rate: ClassVar[float] = 2e-3
     peft_type: ClassVar[str] = "SHIRA"
     suffixes: ClassVar[Mapping[str, str]] = {"shira_weight": "entries", "shira_indices": "places"}
     __pydantic_config__ = CONFIG

@@ -58,7 +58,7 @@ class VBLoRA(WeightDelta):
     name: ClassVar[str] = "vblora"
     title: ClassVar[str] = "VB-LoRA"
     paper: ClassVar[str] = "arXiv 2405.15179"
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 6e-2
     peft_type: ClassVar[str] = "VBLORA"
     suffixes: ClassVar[Mapping[str, str]] = {
         "vblora_logits_A": "logits_A",
