@@ -59,8 +59,8 @@ def result(story: Story, label: str) -> dict:
 def test_training_teaches_to_write_what_is_asked_for(story: Story) -> None:
     assert story.done.code == 0, story.done.err
     before, after = result(story, "head"), result(story, "lora")
-    assert before["test"]["rouge_l"] < 0.3
-    assert after["test"]["rouge_l"] > 0.9
+    assert before["test"]["rougeL"] < 0.3
+    assert after["test"]["rougeL"] > 0.9
     assert after["test"]["loss"] < before["test"]["loss"]
     said = [json.loads(line) for line in (story.cell("lora") / "predictions.jsonl").read_text().splitlines()]
     assert sum(line["prediction"] == line["references"][0] for line in said) >= 7
@@ -77,7 +77,7 @@ def test_without_training_nothing_changes_and_training_shows_in_the_loss_on_plai
 def test_tables_and_report_show_the_figures_of_writing(story: Story) -> None:
     with (story.folder / "results.csv").open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
-    assert {"rouge_l", "rouge_l_low_95", "bleu", "perplexity", "test_loss", "plain_text_loss"} <= set(lines[0])
+    assert {"rougeL", "rougeL_low_95", "bleu", "perplexity", "test_loss", "plain_text_loss"} <= set(lines[0])
     report = (story.folder / "report.html").read_text()
     assert "ROUGE-L" in report
     assert "Forgotten" in report

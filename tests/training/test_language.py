@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import deltatune
-from deltatune import Base, Full, LoRA, Prefix, Prompt, PTuning, Training
+from deltatune import Base, Full, LoRA, Prefix, Prompt, Training
 from deltatune.data.batches import Batch
 from deltatune.data.sequences import UNSCORED, Sequences
 from deltatune.training import language
 from deltatune.training.language import LanguageModelling
+from deltatune.training.loop import train
+from deltatune.training.tune import ignore
 from tiny import VOCABULARY, tiny_language_model, tokenizer
 
 ARCHITECTURES = ("gpt2", "llama", "qwen2", "t5", "bart")
@@ -26,8 +28,11 @@ def sequences(architecture: str, count: int = 6) -> Sequences:
     return Sequences(tuple(rows), targets, 0)
 
 
-def task(architecture: str, method=None, **options) -> LanguageModelling:
-    model = tiny_language_model(architecture, **options)
+def task(architecture: str, method=None) -> LanguageModelling:
+    return on(tiny_language_model(architecture), architecture, method)
+
+
+def on(model: PreTrainedModel, architecture: str = "llama", method=None) -> LanguageModelling:
     if method is not None:
         deltatune.attach(model, method)
     model.config.pad_token_id = 0
@@ -45,8 +50,11 @@ def gradients(of: LanguageModelling) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("method", [Full(), LoRA(rank=2), Prompt(virtual_tokens=3), Prefix(virtual_tokens=3)], ids=lambda m: m.name)
+METHODS = (Full(), LoRA(rank=2), Prompt(virtual_tokens=3), Prefix(virtual_tokens=3))
+CASES = [(name, method) for name in ARCHITECTURES for method in METHODS if (name, method.name) != ("bart", "prefix")]
+
+
+@pytest.mark.parametrize(("architecture", "method"), CASES, ids=lambda value: getattr(value, "name", value))
 def test_the_loss_in_chunks_and_its_gradients_are_those_of_all_logits_at_once(
     architecture: str, method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,7 +87,9 @@ def test_the_loss_of_a_batch_is_the_mean_over_its_tokens_alone(architecture: str
 
 
 def test_a_model_that_changes_its_logits_afterwards_has_them_all() -> None:
-    of, examples = task("gemma2", final_logit_softcapping=0.5), sequences("gemma2")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = AutoConfig.for_model("granite", vocab_size=VOCABULARY, logits_scaling=4.0, **sizes)
+    of, examples = on(AutoModelForCausalLM.from_config(config)), sequences("llama")
     batch = of.collate(examples, range(6))
     assert of.backward(batch, batch.units) == pytest.approx(plain_loss(of, batch).item(), rel=1e-5)
 
@@ -99,12 +109,8 @@ def test_all_logits_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_without_anything_to_train_a_run_scores_the_model_as_it_is() -> None:
     of, examples = task("gpt2", deltatune.make("head", {})), sequences("gpt2")
-    from deltatune.training.loop import train
-    from deltatune.training.tune import ignore
-
     finished, scores = train(
         of, examples, examples, Training(), learning_rate=1e-3, precision="fp32", seed=0, listen=ignore
     )
     assert finished.steps == 0
     assert scores == of.evaluate(examples)
-    _ = F, PTuning

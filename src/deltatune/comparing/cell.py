@@ -76,6 +76,7 @@ def run_cell(cell: Cell, folder: Path, listen: Listener = ignore) -> CellResult:
         seed=cell.seed,
         metric=test.metric,
         test=dict(test.figures),
+        variants=dict(test.variants),
         test_values=test.values,
         test_digest=hashlib.sha256(repr(data.test).encode()).hexdigest(),
         validation=dict(tuned.validation.figures),

@@ -21,6 +21,8 @@ class CellResult(BaseModel):
     """Which of the test figures methods are compared by, such as accuracy; larger is better."""
     test: dict[str, float]
     """Every figure on the test split by name, the metric and `loss` among them."""
+    variants: dict[str, str] = {}
+    """Of the figures that come in several variants, which one was computed."""
     test_values: list[float]
     """The metric of each test example, in [0, 1]: what paired intervals are made from."""
     test_digest: str

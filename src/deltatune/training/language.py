@@ -106,7 +106,7 @@ class LanguageModelling:
             {"prompt": self._tokenizer.decode(ids), "references": known, "prediction": text}
             for (ids, known), text in zip(wanted.items(), written, strict=True)
         ]
-        return Scores("rouge_l", {**texts.figures, **plain.figures}, texts.values["rouge_l"], outputs)
+        return Scores("rougeL", {**texts.figures, **plain.figures}, texts.examples["rougeL"], outputs, texts.variants)
 
     def _scored(
         self, batch: Batch
@@ -121,7 +121,7 @@ class LanguageModelling:
         rows, places = (labels != UNSCORED).nonzero(as_tuple=True)
         return hidden[rows, places], labels[rows, places], rows
 
-    def _logits(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocabulary"]:
+    def _logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
         if not self._chunked:
             return hidden  # the model has made them
         with autocast(self._precision, self.model.device):

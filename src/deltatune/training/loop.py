@@ -23,7 +23,7 @@ from deltatune.training.task import Examples, Scores, Task
 
 
 def train(
-    task: Task[Any, Any],
+    task: Task,
     examples: Examples,
     validation: Examples,
     settings: Training,
@@ -100,7 +100,7 @@ def train(
 
 
 def _untrained(
-    task: Task[Any, Any], examples: Examples, validation: Examples, precision: Computed, seed: int, listen: Listener
+    task: Task, examples: Examples, validation: Examples, precision: Computed, seed: int, listen: Listener
 ) -> tuple[Finished, Scores]:
     """A run of no steps: what a language model does without any training."""
     listen(Started(0, 0.0, len(examples), 0, total_parameters(task.model), precision, seed))
@@ -133,7 +133,7 @@ def _validation_steps(steps: int, settings: Training) -> set[int]:
     return {math.ceil(steps * k / count) for k in range(1, count + 1)}
 
 
-def _accumulate(task: Task[Any, Any], batches: list[Batch], prefix: Prefix) -> float:
+def _accumulate(task: Task, batches: list[Batch], prefix: Prefix) -> float:
     """Adds the gradients of the mean loss over the batches together; gives that mean."""
     units = sum(batch.units for batch in batches)
     total = 0.0

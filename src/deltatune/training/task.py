@@ -36,6 +36,8 @@ class Scores:
     """The metric of each example, in the split's order; comparisons are paired by them."""
     outputs: list[dict[str, Any]] = field(default_factory=list)
     """What the model said of each example, where it says something besides a loss."""
+    variants: Mapping[str, str] = field(default_factory=dict)
+    """Of the figures that come in several variants, which one it is."""
 
     @property
     def quality(self) -> float:
@@ -53,15 +55,15 @@ class Scores:
         return (-self.loss,) if self.metric == "loss" else (self.quality, -self.loss)
 
 
-class Task[Split, Encoded: Examples](Protocol):
+class Task(Protocol):
     """A task on one model, which computes in the precision of the run."""
 
     model: PreTrainedModel
 
-    def encode(self, split: Split, limit: int) -> Encoded:
+    def encode(self, split: Any, limit: int) -> Examples:
         """The split as token ids, at most `limit` each."""
 
-    def collate(self, examples: Encoded, places: Sequence[int]) -> Batch:
+    def collate(self, examples: Any, places: Sequence[int]) -> Batch:
         """The examples at `places` as padded tensors."""
 
     def run(self, batch: Batch) -> Tensor:
@@ -70,8 +72,8 @@ class Task[Split, Encoded: Examples](Protocol):
     def backward(self, batch: Batch, units: int) -> float:
         """Adds the gradients of the batch's losses, summed and divided by `units`, and gives that quotient."""
 
-    def evaluate(self, examples: Encoded) -> Scores:
+    def evaluate(self, examples: Any) -> Scores:
         """Scores the model with dropout off; each module is left in the mode it was in."""
 
-    def test(self, split: Split, limit: int, decoding: Decoding) -> Scores:
+    def test(self, split: Any, limit: int, decoding: Decoding) -> Scores:
         """How well the model does on the test split, by the metric that methods are compared by."""

@@ -11,9 +11,9 @@ from deltatune.training.precision import Computed
 from deltatune.training.task import Task
 
 
-def task_for(base: Base, precision: Computed) -> Task[Any, Any]:
+def task_for(base: Base, precision: Computed) -> Task:
     """The task that the base was loaded for."""
-    kinds: dict[str, type[Task[Any, Any]]] = {"classification": Classification, "generation": LanguageModelling}
+    kinds: dict[str, type[Task]] = {"classification": Classification, "generation": LanguageModelling}
     return kinds[base.task](base, precision)
 
 

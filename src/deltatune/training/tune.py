@@ -104,7 +104,7 @@ def _with_token_ids(method: Method, tokenizer: PreTrainedTokenizerBase) -> Metho
 
 
 def _first_batches(
-    task: Task[Any, Any], examples: Examples, settings: Training, seed: int
+    task: Task, examples: Examples, settings: Training, seed: int
 ) -> Iterator[dict[str, Tensor]]:
     """What the run trains on first, for a method that takes its first values from examples; made as it reads them."""
     order = epoch(examples.lengths, settings.batch_tokens, np.random.default_rng(seed))
