@@ -8,7 +8,9 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -34,9 +36,21 @@ _CONFIGS = {
     "t5": {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 64, "num_layers": 2, "decoder_start_token_id": 0},
 }
 ARCHITECTURES = tuple(_CONFIGS)
-"""Those that read text."""
+"""Those that read text, as classifiers."""
 _CONFIGS["vit"] = {**_SIZES, "image_size": 8, "patch_size": 4}
+_CONFIGS["bart"] = {
+    "d_model": 32,
+    **{f"{half}_{key}": value for half in ("encoder", "decoder")
+       for key, value in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 64))},
+    "decoder_start_token_id": 2,
+}  # fmt: skip
 DECODERS = ("gpt2", "llama", "qwen2")
+ENCODER_DECODERS = ("t5", "bart")
+CHAT = (
+    "{% for message in messages %}{{ message.role }} : {{ message.content }} [SEP] {% endfor %}"
+    "{% if add_generation_prompt %}assistant :{% endif %}"
+)
+"""A chat template that the tiny tokenizers can have: each turn ends with their end token."""
 
 
 def tiny_model(
@@ -53,11 +67,32 @@ def tiny_model(
 def _model(
     architecture: str, labels: int, seed: int, dtype: torch.dtype, options: tuple[tuple[str, object], ...]
 ) -> PreTrainedModel:
-    """The model that `tiny_model` gives copies of: copying takes a fraction of the time."""
+    """The model that `tiny_model` and its kin give copies of: copying takes a fraction of the time.
+
+    Without labels a language model.
+    """
     auto = AutoModelForImageClassification if architecture == "vit" else AutoModelForSequenceClassification
+    if not labels:
+        auto = AutoModelForSeq2SeqLM if architecture in ENCODER_DECODERS else AutoModelForCausalLM
+    number = {"num_labels": labels} if labels else {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return auto.from_config(tiny_config(architecture, num_labels=labels, **dict(options)), dtype=dtype).eval()
+        model = auto.from_config(tiny_config(architecture, **number, **dict(options)), dtype=dtype).eval()
+        if dict(options).get("tie_word_embeddings") is False and architecture == "t5":
+            # T5 v1.1's configurations say that it is tied, and its files hold two weights, which decides.
+            model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.shared.weight))
+        return model
+
+
+def tiny_language_model(
+    architecture: str, *, tied: bool = True, seed: int = 0, dtype: torch.dtype = torch.float32, **options
+) -> PreTrainedModel:
+    """A decoder or encoder–decoder that writes, with random weights, in evaluation mode.
+
+    `tied`: its output layer is its embedding.
+    """
+    options = {"tie_word_embeddings": tied, **options}
+    return copy.deepcopy(_model(architecture, 0, seed, dtype, tuple(options.items())))
 
 
 def tiny_images(seed: int = 1) -> dict[str, torch.Tensor]:
@@ -75,6 +110,16 @@ def tiny_inputs(seed: int = 1) -> dict[str, torch.Tensor]:
     return {"input_ids": ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
 
 
+def save_tiny_language_model(folder: Path, architecture: str, *, chat: bool = False, **options) -> Path:
+    """Writes a tiny language model with its tokenizer, with `chat` one that has a chat template; returns the folder."""
+    tiny_language_model(architecture, **options).save_pretrained(folder)
+    words = tokenizer(architecture)
+    if chat:
+        words.chat_template = CHAT
+    words.save_pretrained(folder)
+    return folder
+
+
 def save_tiny(folder: Path, architecture: str) -> Path:
     """Writes a tiny base with its tokenizer to `folder`, as `save_pretrained` does, and returns the folder."""
     tiny_model(architecture, labels=2).save_pretrained(folder)
@@ -83,7 +128,11 @@ def save_tiny(folder: Path, architecture: str) -> Path:
 
 
 def tokenizer(architecture: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of whole words. As is usual, decoders have an end token and no padding token."""
+    """A tokenizer of whole words. As is usual, decoders have an end token and no padding token.
+
+    What reads the whole text at once has a token in front and behind; in an encoder–decoder the latter ends a text.
+    (Beside a Qwen2 model Transformers reads any tokenizer file as byte pairs, and finds none of these words.)
+    """
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*SPECIAL, *WORDS))}, unk_token="[UNK]"))
     words.normalizer = normalizers.Lowercase()
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -100,6 +149,7 @@ def tokenizer(architecture: str) -> PreTrainedTokenizerFast:
         pad_token="[PAD]",
         cls_token="[CLS]",
         sep_token="[SEP]",
+        **({"eos_token": "[SEP]"} if architecture in ENCODER_DECODERS else {}),
         model_max_length=64,
     )
 
@@ -109,8 +159,15 @@ def tiny_config(architecture: str, **options) -> PreTrainedConfig:
     if architecture == "vit":
         return AutoConfig.for_model(architecture, initializer_range=0.3, **_CONFIGS[architecture], **options)
     positions = {} if architecture == "t5" else {"max_position_embeddings": 66 if architecture == "roberta" else 64}
-    spread = {"initializer_factor": 1.5} if architecture == "t5" else {"initializer_range": 0.3}
+    spread = {"t5": {"initializer_factor": 1.5}, "bart": {"init_std": 0.3}}.get(
+        architecture, {"initializer_range": 0.3}
+    )
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return AutoConfig.for_model(
-        architecture, vocab_size=VOCABULARY, **positions, **spread, **special, **(_CONFIGS[architecture] | options)
+        architecture,
+        vocab_size=VOCABULARY,
+        **positions,
+        **spread.get(architecture, {"initializer_range": 0.3}),
+        **special,
+        **(_CONFIGS[architecture] | options),
     )

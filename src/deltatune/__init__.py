@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from deltatune.models.combine import Combined, combine
     from deltatune.models.merge import Merged, fold, merge, unmerge
     from deltatune.models.quantise import dequantise, quantise
+    from deltatune.scoring import TextScores, score_texts
     from deltatune.training.settings import Training
     from deltatune.training.tune import Tuned, tune
 
@@ -72,6 +73,7 @@ _HOMES = {
     "deltatune.models.combine": ("Combined", "combine"),
     "deltatune.models.merge": ("Merged", "fold", "merge", "unmerge"),
     "deltatune.models.quantise": ("dequantise", "quantise"),
+    "deltatune.scoring": ("TextScores", "score_texts"),
     "deltatune.training.settings": ("Training",),
     "deltatune.training.tune": ("Tuned", "tune"),
 }
@@ -115,6 +117,7 @@ __all__ = [
     "Select",
     "Split",
     "TextData",
+    "TextScores",
     "Training",
     "Tuned",
     "Turn",
@@ -144,6 +147,7 @@ __all__ = [
     "read_adapter",
     "read_experiment",
     "save_adapter",
+    "score_texts",
     "tune",
     "unmerge",
 ]

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from deltatune.errors import UserError
 from deltatune.methods import Method, Mixed, OverLayers, Selection, SoftPrompt, make
 from deltatune.models.attach import attach, find_head
-from deltatune.models.base import Place, find_base, outline
+from deltatune.models.base import Place, find_base, outline, tasks
 from deltatune.models.layers import place
 from deltatune.models.selected import put_selection
 from deltatune.models.stacks import find_stack
@@ -21,9 +21,9 @@ class Counted:
     """The parameters of a method on a base."""
 
     trainable: int
-    """Those that train, the classification head among them."""
+    """Those that train, a classifier's head among them."""
     head: int
-    """Those of the head, which trains with every method."""
+    """Those of a classifier's head, which trains with every method; a language model's is a part of the base."""
     stored: int
     """Numbers that an adapter file holds."""
     total: int
@@ -32,8 +32,8 @@ class Counted:
     """Weights that are adapted."""
 
 
-def count(base: Place, method: Method, labels: Sequence[str]) -> Counted:
-    """Counts what `method` adds to the base with a classifier for these labels.
+def count(base: Place, method: Method, labels: Sequence[str] = ()) -> Counted:
+    """Counts what `method` adds to the base: to a classifier for these labels, without any to a language model.
 
     Raises `UserError` for targets that match nothing and hyperparameters that do not fit a layer.
     """
@@ -76,11 +76,16 @@ def _count(model: PreTrainedModel, method: Method) -> Counted:
 
 
 def count_all(methods: Sequence[Mapping[str, Any]], base: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Descriptions of methods with their counts on a base, for two labels; what does not fit it says why instead."""
-    found, counted = find_base(base), []
+    """Descriptions of methods with their counts on a base; what does not fit it says why instead.
+
+    A base that can write counts as a language model, any other as a classifier with two labels.
+    """
+    found = find_base(base)
+    labels = () if "generation" in tasks(found) else ("0", "1")
+    counted = []
     for method in methods:
         try:
-            counted.append({**method, **asdict(count(found, make(method["name"], options), ("0", "1")))})
+            counted.append({**method, **asdict(count(found, make(method["name"], options), labels))})
         except UserError as error:
             if len(methods) == 1:
                 raise
