@@ -151,6 +151,7 @@ def test_a_table_with_labels_is_for_classification_until_the_task_says_otherwise
     assert load(columns).task == "classification"
     assert first(load(columns, task="generation"))[-1] == ("text", "say 0", True)
     assert first(load({"text": numbered("words"), "label": parity}, task="generation")) == [("text", "words 0", True)]
+    assert load(columns | {"messages": lambda i: MESSAGES}).task == "classification"
 
 
 @pytest.mark.parametrize(("text", "label"), [("question", "answer"), ("input", "output"), ("source", "target")])
@@ -250,6 +251,12 @@ PAIR = {"prompt": numbered("ask"), "completion": numbered("say")}
         (PAIR, {"template": "Sum up: {prompt.__class__}"}, "no column 'prompt.__class__'", "nearest"),
         (PAIR, {"template": "Sum up: {prompt!r}"}, "braces without a column's name alone", "{{ and }}"),
         (PAIR, {"template": "Sum up: {prompt"}, "cannot be read: expected '}'", "{{ and }}"),
+        (
+            PAIR,
+            {"template": "{prompt} {completion}", "label": "completion"},
+            "'completion', which is to be",
+            "leave it",
+        ),
         (PAIR, {"template": "{prompt}", "text": ("prompt",)}, "names the prompt's columns already", "--text"),
         ({"a": numbered("a"), "b": numbered("b")}, {"template": "{a}"}, "no column looks like completions", "--label"),
         ({"text": numbered("a")}, {"system": "Be brief."}, "no place before plain text", "leave it out"),
