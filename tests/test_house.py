@@ -8,7 +8,7 @@ import pytest
 import deltatune
 
 SOURCE = Path(deltatune.__file__).parent
-ROOMS = ("weights", "methods", "models", "data", "training", "planning", "comparing", "serving", "cli")
+ROOMS = ("weights", "methods", "models", "data", "scoring", "training", "planning", "comparing", "serving", "cli")
 GROUND = {"dropout", "errors", "files", "packages", "words"}
 """Modules that every room may use; they use no room."""
 

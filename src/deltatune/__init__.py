@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deltatune.comparing.compare import Comparison, compare
     from deltatune.comparing.experiment import Experiment, make_experiment, read_experiment
-    from deltatune.data import Split, TextData, load_data
+    from deltatune.data import Dialogue, DialogueData, Dialogues, Split, TextData, Turn, load_data
     from deltatune.errors import UserError
     from deltatune.methods import (
         IA3,
@@ -50,13 +50,14 @@ if TYPE_CHECKING:
     from deltatune.models.combine import Combined, combine
     from deltatune.models.merge import Merged, fold, merge, unmerge
     from deltatune.models.quantise import dequantise, quantise
+    from deltatune.scoring import TextScores, score_texts
     from deltatune.training.settings import Training
     from deltatune.training.tune import Tuned, tune
 
 _HOMES = {
     "deltatune.comparing.compare": ("Comparison", "compare"),
     "deltatune.comparing.experiment": ("Experiment", "make_experiment", "read_experiment"),
-    "deltatune.data": ("Split", "TextData", "load_data"),
+    "deltatune.data": ("Dialogue", "DialogueData", "Dialogues", "Split", "TextData", "Turn", "load_data"),
     "deltatune.errors": ("UserError",),
     "deltatune.methods": (
         *("METHODS", "make", "Full", "Head"),
@@ -72,6 +73,7 @@ _HOMES = {
     "deltatune.models.combine": ("Combined", "combine"),
     "deltatune.models.merge": ("Merged", "fold", "merge", "unmerge"),
     "deltatune.models.quantise": ("dequantise", "quantise"),
+    "deltatune.scoring": ("TextScores", "score_texts"),
     "deltatune.training.settings": ("Training",),
     "deltatune.training.tune": ("Tuned", "tune"),
 }
@@ -88,6 +90,9 @@ __all__ = [
     "Combined",
     "Compacter",
     "Comparison",
+    "Dialogue",
+    "DialogueData",
+    "Dialogues",
     "DoRA",
     "Experiment",
     "FourierFT",
@@ -112,8 +117,10 @@ __all__ = [
     "Select",
     "Split",
     "TextData",
+    "TextScores",
     "Training",
     "Tuned",
+    "Turn",
     "UserError",
     "VBLoRA",
     "VeRA",
@@ -140,6 +147,7 @@ __all__ = [
     "read_adapter",
     "read_experiment",
     "save_adapter",
+    "score_texts",
     "tune",
     "unmerge",
 ]

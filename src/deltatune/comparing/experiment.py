@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from deltatune.errors import UserError, nearest
 from deltatune.methods import Method, make, options_of, parse
 from deltatune.models.quantise import read_storages
+from deltatune.training.generation import Decoding
 from deltatune.training.settings import Training
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -99,6 +100,7 @@ class Cell(BaseModel):
     data_revision: str = ""
     method: MethodChoice
     training: Training
+    decoding: Decoding = Decoding()
     seed: Seed
 
     @property
@@ -124,6 +126,8 @@ class Experiment(BaseModel):
     """Each method runs once with every seed."""
     training: Training = Training()
     """Settings that all methods share."""
+    decoding: Decoding = Decoding()
+    """How a language model writes its answers to the test prompts."""
 
     @field_validator("methods")
     @classmethod
@@ -149,6 +153,7 @@ class Experiment(BaseModel):
                 data_revision=data_revision,
                 method=choice,
                 training=self._training(choice),
+                decoding=self.decoding,
                 seed=seed,
             )
             for seed in self.seeds
@@ -218,7 +223,12 @@ def _readable(error: ValidationError, source: str) -> UserError:
     return UserError(f"{source}: {place} {wanted}, not {first['input']!r}", hint)
 
 
-_PARTS: Mapping[Any, type[BaseModel]] = {"data": DataChoice, "methods": MethodChoice, "training": Training}
+_PARTS: Mapping[Any, type[BaseModel]] = {
+    "data": DataChoice,
+    "methods": MethodChoice,
+    "training": Training,
+    "decoding": Decoding,
+}
 _WANTED = {
     "tuple_type": "should be a list",
     "too_short": "should have one entry at least",

@@ -1,0 +1,27 @@
+"""Which task a base is for."""
+
+from typing import Any
+
+from deltatune.data import Data
+from deltatune.errors import UserError
+from deltatune.models.base import Base
+from deltatune.training.classification import Classification
+from deltatune.training.language import LanguageModelling
+from deltatune.training.precision import Computed
+from deltatune.training.task import Task
+
+
+def task_for(base: Base, precision: Computed) -> Task:
+    """The task that the base was loaded for."""
+    kinds: dict[str, type[Task]] = {"classification": Classification, "generation": LanguageModelling}
+    return kinds[base.task](base, precision)
+
+
+def check_task(base: Base, data: Data) -> None:
+    """Raises `UserError` where the data is for another task than the base was loaded for."""
+    if base.task != data.task:
+        wanted = "with the labels of the data" if data.task == "classification" else "without labels"
+        raise UserError(
+            f"'{data.name}' is data for {data.task}, and '{base.id}' was loaded for {base.task}",
+            f"load the base {wanted}, or choose other data",
+        )
