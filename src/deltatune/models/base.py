@@ -102,7 +102,7 @@ def load(
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
         model = _model(place, labels, dtype, read_storages(storage))
-        tokenizer = _tokenizer(place, model)
+        tokenizer = read_tokenizer(place, model)
     return Base(model, tokenizer, place.id, place.revision)
 
 
@@ -361,7 +361,11 @@ def _refuse_lacking(place: Place, model: PreTrainedModel, fresh: set[str]) -> No
         )
 
 
-def _tokenizer(place: Place, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def read_tokenizer(place: Place, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with a padding token that `model` has an embedding of; an outline will do.
+
+    Raises UserError where there is none, and where it has no token to pad with.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(place.source, revision=place.commit, trust_remote_code=False)
     except (OSError, ValueError) as error:
