@@ -7,7 +7,7 @@ import pytest
 
 from command import PROGRAM
 
-COMMANDS = ("compare", "tune", "evaluate", "predict", "merge", "methods")
+COMMANDS = ("compare", "tune", "evaluate", "predict", "chat", "merge", "methods")
 WIDE = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
 
 
