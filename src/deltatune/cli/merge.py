@@ -44,7 +44,8 @@ def command(
 
     The merged model is held against the adapted one on a few texts of random tokens first. Where an output differs by
     more than the tolerance, nothing is written. Weights stored in fewer bits again lose accuracy: it prints by how
-    much outputs change, and where the adapter knows its data what its validation split says before and after. Such a model is loaded by deltatune.
+    much outputs change, and where the adapter knows its data what its validation split says before and after. Such a
+    model is loaded by deltatune.
     """
     from deltatune.cli.progress import waiting
 
