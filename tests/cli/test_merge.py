@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from deltatune.training.tasks import task_for
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import deltatune as library
@@ -15,6 +14,7 @@ from deltatune.files import read_json
 from deltatune.models.adapted import quantised_layers
 from deltatune.models.quantise import storages_of
 from deltatune.training.saved import open_adapter
+from deltatune.training.tasks import task_for
 from tiny import save_tiny
 
 NF4 = "nf4:block=16"
