@@ -25,6 +25,10 @@ Setting = Annotated[
     list[str] | None,
     typer.Option("--training", help="Any other training setting, such as warmup=0.1 or gradient_checkpointing=true."),
 ]
+Decoding = Annotated[
+    list[str] | None,
+    typer.Option(help="How it writes, such as temperature=0.7, beams=4 or max_new_tokens=200; several times."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AdapterFolder = Annotated[Path, typer.Argument(help="Folder that `tune` or `compare` wrote, or that PEFT wrote.")]
 

@@ -19,7 +19,9 @@ def plain_text_loss(base: Base, precision: Computed) -> float | None:
     both = bool(base.model.config.is_encoder_decoder)
     paragraphs = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").strip().split("\n\n")
     task = LanguageModelling(base, precision)
-    return task.evaluate(task.encode(Dialogues([_halves(one) if both else _whole(one) for one in paragraphs]), 256)).loss
+    return task.evaluate(
+        task.encode(Dialogues([_halves(one) if both else _whole(one) for one in paragraphs]), 256)
+    ).loss
 
 
 def _whole(paragraph: str) -> Dialogue:
