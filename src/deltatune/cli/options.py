@@ -7,7 +7,9 @@ import typer
 from rich.console import Console
 
 Base = Annotated[str, typer.Option(help="Base model: minilm, a local folder, or a hub id with an optional @revision.")]
-Data = Annotated[str, typer.Option(help="Data: rotten-tomatoes, a CSV, TSV, JSONL, JSON or Parquet file, or a hub id.")]
+Data = Annotated[
+    str, typer.Option(help="Data: rotten-tomatoes, docstrings, a CSV, TSV, JSONL, JSON or Parquet file, or a hub id.")
+]
 Text = Annotated[
     list[str] | None, typer.Option(help="Text column, twice for sentence pairs; or that of the prompts or chats.")
 ]
