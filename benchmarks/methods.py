@@ -1,11 +1,12 @@
 """What a training step of each weight delta and block insert costs, relative to LoRA at the same targets and to PEFT.
 
-python benchmarks/methods.py [METHOD[:option=value,…] …] [--rounds 15]
+python benchmarks/methods.py [METHOD[:option=value,…] …] [--rounds 15] [--width 1024]
 
 Forward and backward of `minilm` on real batches of 1,024 tokens, in the machine's precision, all variants interleaved
 in one process; what is printed are medians over the rounds, and medians of the ratios within a round. PEFT gets the
 very adapter that we saved, on a base prepared in the same way, under the same autocast. Dropout is off for all. Ours
-has the penalty of AdaLoRA in its step, PEFT's does not.
+has the penalty of AdaLoRA in its step, PEFT's does not. With a width, the base is two BERT blocks of it, of random
+weights. On one thread it is processor time that is measured, which other work on the machine hardly touches.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import peft
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModelForSequenceClassification
 
 import deltatune
 from deltatune.data.batches import Batch, collate, epoch
@@ -33,9 +35,14 @@ FITTING = {"vblora": {"vector_length": 192}, "adapterfusion": {"parts": ({}, {})
 """Options without which a method does not fit the widths of `minilm`."""
 
 
-def fresh() -> nn.Module:
-    """The base as a classifier without dropout, so that variants differ in their adapters alone."""
+def fresh(width: int) -> nn.Module:
+    """The base as a classifier without dropout, so that variants differ in their adapters alone; 0 is `minilm`."""
     model = deltatune.load("minilm", labels=LABELS).model
+    if width:
+        shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": width // 64}
+        model.config.update({**shape, "num_hidden_layers": 2})
+        torch.manual_seed(0)
+        model = AutoModelForSequenceClassification.from_config(model.config)
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -43,33 +50,34 @@ def fresh() -> nn.Module:
     return model
 
 
-def ours(method: OverLayers, precision: str) -> nn.Module:
+def ours(method: OverLayers, precision: str, width: int) -> nn.Module:
     """Our adapter on the base, ready to train."""
-    model = deltatune.attach(fresh(), method)
+    model = deltatune.attach(fresh(width), method)
     prepare(model, precision)
     return model.train()
 
 
-def theirs(method: OverLayers, precision: str) -> nn.Module:
+def theirs(method: OverLayers, precision: str, width: int) -> nn.Module:
     """PEFT's adapter of the same shape on the base, ready to train."""
     with tempfile.TemporaryDirectory() as folder:
-        deltatune.save_adapter(deltatune.attach(fresh(), method), folder)
-        model = fresh()
+        deltatune.save_adapter(deltatune.attach(fresh(width), method), folder)
+        model = fresh(width)
         if precision == "bf16":
             model = model.bfloat16()
         return peft.PeftModel.from_pretrained(model, folder, is_trainable=True).train()
 
 
 def step(model: nn.Module, batch: Batch, precision: str) -> float:
-    """Milliseconds of one forward and backward pass."""
-    began = time.perf_counter()
+    """Milliseconds of one forward and backward pass; on one thread of processor time."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
     with autocast(precision, torch.device("cpu")):
         logits = model(**batch.inputs).logits
     loss = F.cross_entropy(logits.float(), batch.labels)
     if (extra := deltatune.penalty(model)) is not None:
         loss = loss + extra
     loss.backward()
-    took = 1000 * (time.perf_counter() - began)
+    took = 1000 * (clock() - began)
     model.zero_grad()
     return took
 
@@ -80,6 +88,7 @@ def main() -> None:
     options.add_argument("methods", nargs="*", metavar="METHOD")
     options.add_argument("--rounds", type=int, default=15, help="a multiple of 3 gives each variant each place")
     options.add_argument("--targets", default="", help="left out, each method's own")
+    options.add_argument("--width", type=int, default=0, help="of a random base of two blocks, in place of minilm")
     given = options.parse_args()
     names = given.methods or [name for name, kind in METHODS.items() if kind.kind in KINDS and name != "lora"]
 
@@ -94,14 +103,13 @@ def main() -> None:
         method = make(name, {**FITTING.get(name, {}), **chosen})
         targets = given.targets or method.targets  # of an insert the layers that it is over, which LoRA then adapts
         method = replace(method, targets=targets)
-        variants = {"lora": ours(make("lora", {"targets": targets}), precision), "ours": ours(method, precision)}
+        lora = make("lora", {"targets": targets})
+        variants = {kind: ours(one, precision, given.width) for kind, one in (("lora", lora), ("ours", method))}
         if not method.peft_type.startswith("DELTATUNE"):
-            variants["peft"] = theirs(method, precision)
+            variants["peft"] = theirs(method, precision, given.width)
         times: dict[str, list[float]] = {variant: [] for variant in variants}
         for number in range(given.rounds + 2):
-            first = number % len(
-                variants
-            )  # whose turn is first changes: the step before leaves its traces in the caches
+            first = number % len(variants)  # changes: the step before leaves its traces in the caches
             for variant, model in [*variants.items(), *variants.items()][first : first + len(variants)]:
                 took = step(model, batches[number % len(batches)], precision)
                 if number >= 2:  # two rounds of warming up

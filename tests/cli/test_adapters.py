@@ -51,10 +51,10 @@ def test_evaluate_repeats_the_scores_of_the_run(tuned):
     result = json.loads((tuned.folder / "result.json").read_text())
     assert scores == {
         "split": "test",
-        "examples": len(result["test_labels"]),
-        "accuracy": result["accuracy"],
-        "macro_f1": result["macro_f1"],
-        "loss": result["test_loss"],
+        "examples": len(result["test_values"]),
+        "accuracy": result["test"]["accuracy"],
+        "macro_f1": result["test"]["macro_f1"],
+        "loss": result["test"]["loss"],
     }
 
 
@@ -71,7 +71,7 @@ def test_evaluate_scores_the_rows_that_the_run_was_limited_to(base, data, tmp_pa
     result = run_cell(cell, tmp_path / "run")
     scores = json.loads(deltatune("evaluate", tmp_path / "run", "--json").out)
     assert scores["examples"] == 4
-    assert scores["loss"] == result.test_loss
+    assert scores["loss"] == result.test["loss"]
 
 
 def test_evaluate_finds_labels_by_name_in_data_that_orders_them_otherwise(tuned, data, tmp_path):

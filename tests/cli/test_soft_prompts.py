@@ -23,7 +23,7 @@ def test_tune_saves_what_evaluate_scores_alike(name, base, data, tmp_path):
     if name == "prompt":
         assert len(about["options"]["token_ids"]) == 3
     scores = json.loads(deltatune("evaluate", tmp_path, "--json").out)
-    assert (scores["accuracy"], scores["loss"]) == (result["accuracy"], result["test_loss"])
+    assert (scores["accuracy"], scores["loss"]) == (result["test"]["accuracy"], result["test"]["loss"])
     assert_refused(deltatune("merge", tmp_path, "--out", tmp_path / "merged"), f"{name} cannot be merged", "")
 
 

@@ -74,7 +74,7 @@ def test_a_run_leaves_the_folder_that_the_design_shows(story):
     assert entries == {"experiment.yaml", "cells", "results.csv", "report.html", "plots"}
     for cell in (story.run.folder / "cells").iterdir():
         assert {path.name for path in cell.iterdir()} == {
-            *("spec.json", "events.jsonl", "result.json", "adapter", "stderr.log"),
+            *("spec.json", "events.jsonl", "result.json", "predictions.jsonl", "adapter", "stderr.log"),
         }
         assert (cell / "adapter" / "adapter_model.safetensors").is_file()
         assert (cell / "stderr.log").read_text() == ""
@@ -111,10 +111,10 @@ def test_results_csv_and_the_table_show_what_the_cells_measured(story):
         lines = {line["label"]: line for line in csv.DictReader(file)}
     for label, folder in {"full": story.run.cell("full"), "lora (rank=4)": story.run.cell("lora-rank-4")}.items():
         result = CellResult.model_validate_json((folder / "result.json").read_text())
-        assert float(lines[label]["accuracy"]) == result.accuracy
+        assert float(lines[label]["accuracy"]) == result.quality
         assert int(lines[label]["adapter_bytes"]) == sum(f.stat().st_size for f in (folder / "adapter").iterdir())
         assert result.peak_bytes > result.baseline_bytes > 0
-        assert f"{100 * result.accuracy:.1f}%" in story.second.out
+        assert f"{100 * result.quality:.1f}%" in story.second.out
     assert float(lines["full"]["train_share_of_full"]) == 1
 
 
@@ -141,7 +141,7 @@ def test_a_cell_in_its_process_gives_the_same_bytes_as_in_this_one(story, tmp_pa
 def test_what_a_cell_saved_scores_as_its_result_says(story):
     result = json.loads((story.run.cell("lora-rank-4") / "result.json").read_text())
     scores = json.loads(deltatune("evaluate", story.run.cell("lora-rank-4"), "--json").out)
-    assert (scores["accuracy"], scores["loss"]) == (result["accuracy"], result["test_loss"])
+    assert (scores["accuracy"], scores["loss"]) == (result["test"]["accuracy"], result["test"]["loss"])
 
 
 def test_the_runs_own_experiment_yaml_starts_the_same_cells(story):

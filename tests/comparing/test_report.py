@@ -12,7 +12,7 @@ from deltatune.comparing.plots import colours, plots
 from deltatune.comparing.report import check_installed, summary, write_report
 from deltatune.errors import UserError
 
-PLOTS = ["accuracy", "difference", "time", "memory", "size", "loss"]
+PLOTS = ["quality", "difference", "time", "memory", "size", "loss"]
 
 
 def written(comparison, folder: Path) -> Path:
@@ -77,9 +77,9 @@ def test_every_plot_is_drawn_offline_without_a_complaint(report: Path, opened, s
         box = page.locator(f"#plot-{plot} svg").bounding_box()
         assert box["width"] > 300
         assert box["height"] > 100
-    assert marks(page, "accuracy", "rect") == marks(page, "time", "rect") == 4
+    assert marks(page, "quality", "rect") == marks(page, "time", "rect") == 4
     assert marks(page, "memory", "rect") == 2 * 4
-    assert marks(page, "accuracy", "symbol") == 8, "a dot for each seed of the methods with several"
+    assert marks(page, "quality", "symbol") == 8, "a dot for each seed of the methods with several"
     assert marks(page, "difference", "symbol") == 3
     assert marks(page, "size", "symbol") == 2 * 4, "a circle and its middle"
     assert page.locator("#plot-loss svg .mark-line path").count() == 9 + 3 * 3, "own curves, and the reference's behind"
@@ -109,7 +109,7 @@ def test_a_label_that_looks_like_a_script_is_only_a_label(report: Path, opened):
 def test_twelve_methods_fit_the_page_without_scrolling_it_sideways(crowded: Path, opened, width: int):
     page = opened(crowded, width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert marks(page, "accuracy", "rect") == 12
+    assert marks(page, "quality", "rect") == 12
     assert page.locator("tbody tr").count() == 12
     names = page.locator("#plot-size svg .mark-text.role-mark text")
     tops = sorted(names.nth(index).bounding_box()["y"] for index in range(names.count()))

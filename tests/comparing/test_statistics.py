@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from deltatune.comparing.results import CellResult
-from deltatune.comparing.statistics import Interval, accuracy_interval, difference, wilson
+from deltatune.comparing.statistics import Interval, difference, mean_interval, wilson
 from deltatune.errors import UserError
 
 ERROR = 0.03
@@ -17,25 +17,23 @@ def test_the_wilson_interval_holds_the_true_accuracy_in_95_of_100_test_sets(shar
 
 
 def test_the_wilson_interval_is_the_published_one():
-    interval = accuracy_interval([1] * 10, [1] * 8 + [0] * 2)
+    interval = wilson(0.8, 10)
     assert (interval.low, interval.high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
 
 
 def test_an_interval_stays_within_0_and_1_and_holds_the_accuracy_itself():
-    assert accuracy_interval([1, 0], [1, 0]).high == 1
-    assert accuracy_interval([1, 0], [0, 1]).low == 0
+    assert wilson(1.0, 2).high == 1
+    assert wilson(0.0, 2).low == 0
     for right in range(21):
         assert wilson(right / 20, 20).low <= right / 20 <= wilson(right / 20, 20).high
 
 
-def cell(template: CellResult, labels: np.ndarray, predictions: np.ndarray, seed: int = 0) -> CellResult:
-    return template.model_copy(
-        update={"test_labels": labels.tolist(), "predictions": predictions.tolist(), "seed": seed}
-    )
+def cell(template: CellResult, values: np.ndarray, seed: int = 0) -> CellResult:
+    return template.model_copy(update={"test_values": values.astype(float).tolist(), "seed": seed})
 
 
 def right_or_wrong(generator: np.random.Generator, examples: int, advantage: float) -> tuple[np.ndarray, np.ndarray]:
-    """Predictions of two methods where the truth is always 1: what is hard for one is hard for the other."""
+    """Which answers of two methods are right: what is hard for one is hard for the other."""
     hard, luck = generator.normal(size=examples), generator.normal(size=(2, examples))
     return (hard + luck[0] < 1.2 + advantage).astype(int), (hard + luck[1] < 1.2).astype(int)
 
@@ -46,7 +44,7 @@ def test_the_bootstrap_interval_holds_the_true_difference_in_95_of_100_test_sets
     truth = np.subtract(*(answers.mean() for answers in right_or_wrong(generator, 2_000_000, advantage)))
     held = []
     for trial in range(500):
-        ours, theirs = (cell(template, np.ones(400, int), p) for p in right_or_wrong(generator, 400, advantage))
+        ours, theirs = (cell(template, values) for values in right_or_wrong(generator, 400, advantage))
         interval = difference([ours], [theirs], generator_seed=trial).interval
         held.append(interval.low <= truth <= interval.high)
     assert np.mean(held) == pytest.approx(0.95, abs=ERROR)
@@ -60,7 +58,7 @@ def test_with_several_seeds_the_interval_covers_the_luck_of_the_seed_too(make_ce
         hard = generator.normal(size=500)
         ours, theirs = (
             [
-                cell(template, np.ones(500, int), (1.2 + shift > hard + generator.normal(size=500)).astype(int), seed)
+                cell(template, 1.2 + shift > hard + generator.normal(size=500), seed)
                 for seed, shift in enumerate(generator.normal(0, 0.25, 5))
             ]
             for _ in range(2)
@@ -85,10 +83,22 @@ def test_identical_predictions_differ_by_exactly_0_and_are_not_distinguishable(m
 )
 def test_a_handful_of_disagreements_settles_nothing(make_cell, disagreements: int, verdict: str):
     """McNemar's exact test calls 5 of 5 one way p = 0.06, 8 of 8 p = 0.008."""
-    labels, predictions = np.ones(1_000, int), np.ones(1_000, int)
-    predictions[:disagreements] = 0
-    template = make_cell(examples=1)
-    assert difference([cell(template, labels, labels)], [cell(template, labels, predictions)]).verdict == verdict
+    ours, theirs, template = np.ones(1_000), np.ones(1_000), make_cell(examples=1)
+    theirs[:disagreements] = 0
+    assert difference([cell(template, ours)], [cell(template, theirs)]).verdict == verdict
+
+
+def test_answers_better_by_degrees_have_intervals_that_hold_the_truth(make_cell):
+    generator, template = np.random.default_rng(3), make_cell(examples=1)
+    held = {"mean": [], "difference": []}
+    for trial in range(500):
+        theirs = generator.beta(2, 3, size=300)
+        ours = theirs + generator.beta(2, 5, size=300) * (1 - theirs)  # 2/7 of the rest better: 0.4 and 0.4 + 0.6 · 2/7
+        one, other = cell(template, ours), cell(template, theirs)
+        found = {"mean": mean_interval([other]), "difference": difference([one], [other], trial).interval}
+        for name, truth in (("mean", 0.4), ("difference", 0.6 * 2 / 7)):
+            held[name].append(found[name].low <= truth <= found[name].high)
+    assert [np.mean(hits) for hits in held.values()] == pytest.approx([0.95, 0.95], abs=ERROR)
 
 
 def test_the_difference_has_a_direction(make_cell):

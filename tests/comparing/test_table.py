@@ -65,7 +65,7 @@ def test_the_csv_has_a_line_for_each_cell_with_raw_figures(comparison, tmp_path)
         lines = list(csv.DictReader(file))
     assert len(lines) == len(comparison.results) + len(comparison.failed)
     lora = next(line for line in lines if line["label"] == "lora")
-    assert float(lora["accuracy"]) == comparison.results[5].accuracy
+    assert float(lora["accuracy"]) == comparison.results[5].quality
     assert float(lora["accuracy_low_95"]) < float(lora["accuracy"]) < float(lora["accuracy_high_95"])
     assert float(lora["train_share_of_full"]) == pytest.approx(60 / 99)
     assert int(lora["peak_bytes"]) - int(lora["baseline_bytes"]) == int(lora["above_baseline_bytes"])

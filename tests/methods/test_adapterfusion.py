@@ -8,13 +8,17 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 import deltatune
+from command import deltatune as command
+from command import write_reviews
 from conformance.cases import adapted, shaken
 from deltatune import AdapterFusion, Houlsby, Pfeiffer
+from deltatune.comparing.cell import run_cell
+from deltatune.comparing.experiment import make_experiment
 from deltatune.errors import UserError
 from deltatune.methods import Site
 from deltatune.models.adapters import TENSORS
 from deltatune.models.attach import adapted_layers, trainable_parameters
-from tiny import tiny_inputs, tiny_model
+from tiny import save_tiny, tiny_inputs, tiny_model
 
 PARTS = (Pfeiffer(reduction=8), Pfeiffer(reduction=4, activation="gelu", scale=2.0))
 
@@ -113,3 +117,22 @@ def test_what_cannot_be_fused_is_refused_and_the_model_left_alone(folders: tuple
     tensors = load_file(tmp_path / "few" / TENSORS)
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, tmp_path / "few" / TENSORS)
     refused("few.* is damaged", folders[0], str(tmp_path / "few"))
+
+
+def test_an_experiment_names_the_folders_of_adapters_that_tune_has_trained(tmp_path: Path) -> None:
+    base, data = save_tiny(tmp_path / "base", "bert"), write_reviews(tmp_path / "reviews.csv")
+    first, second = tmp_path / "first", tmp_path / "second"
+    for seed, folder in enumerate((first, second)):
+        words = ("--base", base, "--data", data, "--method", "pfeiffer", "--set", "reduction=8", "--seed", seed)
+        assert command("tune", *words, "--epochs", 1, "--out", folder).code == 0
+    content = {"base": str(base), "data": str(data), "training": {"epochs": 1}}
+    [cell] = make_experiment({**content, "methods": [f"adapterfusion:adapters=[{first}, {second}]"]}).cells()
+    (tmp_path / "cell").mkdir()
+    result = run_cell(cell, tmp_path / "cell")
+    assert result.trainable == 2 * (3 * 32**2 + 32) + 2 * 32 + 2
+    saved, trained = (load_file(folder / "adapter" / TENSORS) for folder in (tmp_path / "cell", second))
+    key = "base_model.model.bert.encoder.layer.0.output.dense"
+    assert torch.equal(saved[f"{key}.fusion_adapters.down.weight"][4:], trained[f"{key}.adapter_down.weight"])
+    with pytest.raises(UserError, match="holds no adapter") as caught:
+        make_experiment({**content, "methods": [f"adapterfusion:adapters=[{first}, {tmp_path / 'third'}]"]})
+    assert caught.value.hint == "give folders that `tune --out` wrote"

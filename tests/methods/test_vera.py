@@ -87,8 +87,8 @@ def test_it_trains_an_output_and_a_rank_vector_a_layer() -> None:
     assert sum(VeRA(rank=256).parameters(site) for site in gpt3) == 2 * 96 * (12_288 + 256)
 
 
-@pytest.mark.parametrize("tokens", [2, 40], ids=["by products", "through the merged weight"])
-def test_both_ways_to_the_input_s_gradient_are_that_of_the_equation(tokens: int) -> None:
+@pytest.mark.parametrize("tokens", [2, 10, 40], ids=["by products", "one of them", "through the merged weight"])
+def test_both_ways_to_the_output_and_to_the_input_s_gradient_are_that_of_the_equation(tokens: int) -> None:
     base, site = nn.Linear(12, 20).double().requires_grad_(False), Site(20, 12)
     method, generator = VeRA(rank=7), torch.Generator().manual_seed(0)
     layer = AdaptedLinear(base, site)

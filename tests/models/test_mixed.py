@@ -14,7 +14,7 @@ from deltatune import IA3, BitFit, DoRA, Full, Head, LastK, LoRA, Mixed, Norms, 
 from deltatune.comparing.experiment import MethodChoice
 from deltatune.errors import UserError
 from deltatune.files import read_json
-from deltatune.methods import METHODS, Method, options_of, parse
+from deltatune.methods import Method, options_of, parse
 from deltatune.models.adapters import TENSORS
 from deltatune.models.attach import adapted_layers, learning_rates, trainable_parameters
 from deltatune.models.base import find_base
@@ -31,9 +31,11 @@ MIXES = {
         "lora:rank=2,targets=query+select:parameters=[value, down]",
         "ia3+bitfit",
         "prefix+norms",
+        "lora:rank=2+prefix:virtual_tokens=4",
+        "bitfit+prompt:virtual_tokens=4",
         "lora:targets=attention-qv+parallel",
+        "parallel+prefix:virtual_tokens=4+norms",
     )
-    if all(part.partition(":")[0] in METHODS for part in words.split("+"))  # the kinds that there are
 }
 every_mix = pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES.keys())
 LABELS = torch.tensor([0, 1, 2])

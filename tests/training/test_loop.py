@@ -9,16 +9,16 @@ import torch.nn.functional as F
 
 import deltatune
 from conformance.cases import bits
-from deltatune import Full, Head, LoRA, Split, TextData, Training
-from deltatune.data.tokens import Tokens, tokenize
+from deltatune import Base, Full, Head, LoRA, Split, TextData, Training
+from deltatune.data.tokens import Tokens
 from deltatune.errors import UserError
 from deltatune.models.attach import adapted_layers, trainable_parameters
-from deltatune.training.evaluation import evaluate
 from deltatune.training.events import Evaluated, Event, EventFile, Finished, Started, Step, read_events
 from deltatune.training.loop import train
 from deltatune.training.schedule import rate
+from deltatune.training.tasks import task_for
 from deltatune.training.tune import ignore
-from tiny import VOCABULARY, save_tiny, tiny_model
+from tiny import VOCABULARY, save_tiny, tiny_model, tokenizer
 
 GOOD, BAD = ("good", "great", "warm", "moving", "clever"), ("bad", "dull", "cold", "boring", "weak")
 
@@ -52,7 +52,7 @@ def run(folder: Path, method=None, seed: int = 0, listen=ignore, **settings) -> 
 
 
 def test_a_run_learns_what_can_be_learnt(folder: Path) -> None:
-    assert run(folder, Full(), epochs=20).validation.accuracy >= 0.9
+    assert run(folder, Full(), epochs=20).validation.quality >= 0.9
 
 
 @pytest.mark.parametrize("method", [LoRA(rank=4, dropout=0.1), Full(), Head()], ids=lambda method: method.name)
@@ -101,7 +101,7 @@ def settings(**changes) -> Training:
 def trained(examples: Tokens, learning_rate: float = 1e-3, **changes) -> dict[str, torch.Tensor]:
     model = without_dropout(Full())
     train(
-        model, examples, examples, settings(**changes),
+        task_for(Base(model, tokenizer("bert"), "", ""), "fp32"), examples, examples, settings(**changes),
         learning_rate=learning_rate, precision="fp32", seed=0, listen=ignore,
     )  # fmt: skip
     return bits(model)
@@ -177,10 +177,10 @@ def test_the_kept_weights_are_the_ones_that_were_scored(folder: Path, keep: str)
     listen = lambda event: validations.append(event) if isinstance(event, Evaluated) else None  # noqa: E731
     tuned = run(folder, epochs=4, evaluations=2, learning_rate=0.05, keep=keep, listen=listen)
     kept = next(event for event in validations if event.step == tuned.finished.best_step)
-    expected = max(validations, key=lambda e: (e.accuracy, -e.loss)) if keep == "best" else validations[-1]
-    assert kept.accuracy == expected.accuracy == tuned.validation.accuracy
-    again = evaluate(tuned.base.model, tokenize(DATA.validation, tuned.base.tokenizer, 64), "fp32")
-    assert again.loss == tuned.validation.loss
+    expected = max(validations, key=lambda e: (e.figures["accuracy"], -e.loss)) if keep == "best" else validations[-1]
+    assert kept.figures == expected.figures == tuned.validation.figures
+    task = task_for(tuned.base, "fp32")
+    assert task.evaluate(task.encode(DATA.validation, 64)) == tuned.validation
 
 
 def test_a_run_that_diverges_stops_and_names_the_first_bad_tensor(folder: Path) -> None:

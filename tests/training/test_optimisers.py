@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 import deltatune
 from conformance.cases import bits
-from deltatune import Full, LoRA, Training
+from deltatune import Base, Full, LoRA, Training
 from deltatune.data.tokens import Tokens
 from deltatune.errors import UserError
 from deltatune.training import paged
@@ -20,6 +20,8 @@ from deltatune.training.eight_bit import AdamW8bit
 from deltatune.training.events import Step
 from deltatune.training.loop import train
 from deltatune.training.optimisers import make_optimiser
+from deltatune.training.tasks import task_for
+from tiny import tokenizer
 
 NAMES = ("adamw", "adamw8bit", "paged")
 EVERY = pytest.mark.parametrize("name", NAMES)
@@ -50,7 +52,8 @@ def trained(name: str, method=None, **settings) -> tuple[nn.Module, list[float]]
     data = examples(240)
     settings = Training(**{"epochs": 2, "batch_tokens": 64, "keep": "last", "optimiser": name, **settings})
     train(
-        done, data, examples(8), settings, learning_rate=1e-3, precision="fp32", seed=0,
+        task_for(Base(done, tokenizer("bert"), "", ""), "fp32"), data, examples(8), settings,
+        learning_rate=1e-3, precision="fp32", seed=0,
         listen=lambda event: losses.append(event.loss) if isinstance(event, Step) else None,
     )  # fmt: skip
     return done, losses

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import deltatune
-from deltatune import BitFit, Full, Head, LastK, LoRA, Training
+from deltatune import Base, BitFit, Full, Head, LastK, LoRA, Training
 from deltatune.data.tokens import Tokens
 from deltatune.errors import UserError
 from deltatune.methods import Method
@@ -17,7 +17,8 @@ from deltatune.training.events import Step
 from deltatune.training.loop import train
 from deltatune.training.precision import prepare
 from deltatune.training.prefix import Prefix
-from tiny import VOCABULARY, tiny_inputs, tiny_model
+from deltatune.training.tasks import task_for
+from tiny import VOCABULARY, tiny_inputs, tiny_model, tokenizer
 
 BATCHES, EPOCHS = 4, 2
 
@@ -56,7 +57,7 @@ def run(architecture: str, method: Method, **settings) -> tuple[list[float], dic
         *_, layer = (module for module in model.get_submodule(path).modules() if not list(module.children()))
         layer.register_forward_hook(lambda *_, path=path: note(path))
     train(
-        model, tokens(), tokens(), training,
+        task_for(Base(model, tokenizer("bert"), "", ""), training.precision), tokens(), tokens(), training,
         learning_rate=1e-2, precision=training.precision, seed=0, listen=listen,
     )  # fmt: skip
     return losses, runs

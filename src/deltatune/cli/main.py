@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.exceptions import TyperException
 
-from deltatune.cli import chat, compare, evaluate, merge, methods, predict, tune
+from deltatune.cli import chat, compare, data, evaluate, merge, methods, predict, tune
 from deltatune.errors import UserError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 for module in (compare, tune, evaluate, predict, chat, merge, methods):
     app.command(name=module.__name__.rpartition(".")[2], epilog=module.EXAMPLES)(module.command)
+app.add_typer(data.app, name="data")
 
 
 def _print_version(wanted: bool) -> None:

@@ -8,8 +8,13 @@ from rich.console import Console
 
 Base = Annotated[str, typer.Option(help="Base model: minilm, a local folder, or a hub id with an optional @revision.")]
 Data = Annotated[str, typer.Option(help="Data: rotten-tomatoes, a CSV, TSV, JSONL, JSON or Parquet file, or a hub id.")]
-Text = Annotated[list[str] | None, typer.Option(help="Text column; give it twice for sentence pairs.")]
-Label = Annotated[str, typer.Option(help="Label column.")]
+Text = Annotated[
+    list[str] | None, typer.Option(help="Text column, twice for sentence pairs; or that of the prompts or chats.")
+]
+Label = Annotated[str, typer.Option(help="Label column, or that of the completions.")]
+Task = Annotated[str, typer.Option(help="classification or generation, where the columns would say otherwise.")]
+System = Annotated[str, typer.Option(help="What the system says before every example; makes a chat of prompts.")]
+Template = Annotated[str, typer.Option(help='Words around columns to make the prompt of: "Summarise: {document}".')]
 TrainLimit = Annotated[int | None, typer.Option(help="Most training examples to use.")]
 ValidationLimit = Annotated[int | None, typer.Option(help="Most validation examples to use.")]
 TestLimit = Annotated[int | None, typer.Option(help="Most test examples to use.")]

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from deltatune.comparing.quality import named
 from deltatune.comparing.results import CellResult, FailedCell
 from deltatune.training.events import Evaluated, Event, Finished, Started, Step
 
@@ -63,7 +64,7 @@ class RunProgress:
         match news:
             case CellResult():
                 ran = f"{news.train_seconds:.0f} s of training" if self._ran else "kept from before"
-                self._over(f"{name}: accuracy {news.accuracy:.1%} on test, {ran}")
+                self._over(f"{name}: {named(news.metric).word} {news.quality:.1%} on test, {ran}")
             case FailedCell():
                 self._over(f"{name}: failed: {news.reason}")
             case _:
@@ -74,14 +75,14 @@ class RunProgress:
         match event:
             case Started():
                 self._clear()
-                self._ran, self._accuracy = True, ""
+                self._ran, self._validation = True, ""
                 self._task = self._bar.add_task(name, total=event.steps, state="")
             case Step():
                 speed = event.examples / event.seconds
-                state = f"loss {event.loss:.3f}  {speed:.0f} ex/s{self._accuracy}"
+                state = f"loss {event.loss:.3f}  {speed:.0f} ex/s{self._validation}"
                 self._bar.update(self._task, completed=event.step, state=state)
             case Evaluated():
-                self._accuracy = f"  val {event.accuracy:.1%}"
+                self._validation = _validation(event.figures)
             case Finished():
                 self._bar.update(self._task, state="testing and saving")
 
@@ -101,3 +102,7 @@ class RunProgress:
     def _clear(self) -> None:
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
+
+
+def _validation(figures: dict[str, float]) -> str:
+    return f"  val {figures['accuracy']:.1%}" if "accuracy" in figures else f"  val loss {figures['loss']:.3f}"

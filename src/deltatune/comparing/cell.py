@@ -5,32 +5,36 @@
 FOLDER/spec.json      what to run (in)
 FOLDER/events.jsonl   what happened, line by line
 FOLDER/adapter/       what was trained
+FOLDER/predictions.jsonl   what it said of each test example
 FOLDER/result.json    what came out; there only when all is done
 FOLDER/failed.json    why it did not
 FOLDER/stderr.log     what libraries said, and where a failure happened
 """
 
+import hashlib
+import json
 import sys
 import traceback
 from pathlib import Path
 
 from deltatune.comparing.experiment import Cell
 from deltatune.comparing.results import CellResult
-from deltatune.data import TextData, load_data
-from deltatune.data.tokens import tokenize
+from deltatune.data import DialogueData, TextData, load_data
 from deltatune.errors import UserError
-from deltatune.files import read_json, write_json
+from deltatune.files import read_json, write_json, write_text
 from deltatune.models.adapters import save_adapter
 from deltatune.models.attach import trainable_parameters
 from deltatune.models.base import find_base, load
 from deltatune.models.count import count
 from deltatune.models.quantise import total_parameters
-from deltatune.training.evaluation import evaluate
 from deltatune.training.events import Event, EventFile, Listener, Step
 from deltatune.training.memory import peak, resident
+from deltatune.training.plain_text import plain_text_loss
+from deltatune.training.tasks import task_for
 from deltatune.training.tune import Tuned, ignore, tune
 
 SPEC, EVENTS, RESULT, ADAPTER = "spec.json", "events.jsonl", "result.json", "adapter"
+PREDICTIONS = "predictions.jsonl"
 FAILED, LOG = "failed.json", "stderr.log"
 
 
@@ -58,26 +62,30 @@ def run_cell(cell: Cell, folder: Path, listen: Listener = ignore) -> CellResult:
 
     with EventFile(folder / EVENTS) as file:
         tuned = tune(base, data, cell.method.make(), cell.training, seed=cell.seed, listen=note)
-    test = evaluate(base.model, tokenize(data.test, base.tokenizer, tuned.max_length), tuned.precision)
+    task = task_for(base, tuned.precision)
+    test = task.test(data.test, tuned.max_length, cell.decoding)
+    after = plain_text_loss(base, tuned.precision)
     _save(tuned, data, cell, folder / ADAPTER)
+    write_text(folder / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in test.outputs))
     last = steps[-max(1, len(steps) // 10) :]
+    seconds = tuned.finished.seconds
     result = CellResult(
         label=cell.method.label,
         method=cell.method.method,
         options=cell.method.options,
         seed=cell.seed,
-        accuracy=test.accuracy,
-        macro_f1=test.macro_f1,
-        test_loss=test.loss,
-        validation_accuracy=tuned.validation.accuracy,
-        validation_loss=tuned.validation.loss,
-        train_loss=sum(step.loss for step in last) / len(last),
-        test_labels=test.labels,
-        predictions=test.predictions,
+        metric=test.metric,
+        test=dict(test.figures),
+        variants=dict(test.variants),
+        test_values=test.values,
+        test_digest=hashlib.sha256(repr(data.test).encode()).hexdigest(),
+        validation=dict(tuned.validation.figures),
+        train_loss=sum(step.loss for step in last) / max(1, len(last)),
+        plain_text=None if tuned.plain_text is None or after is None else (tuned.plain_text, after),
         steps=tuned.finished.steps,
-        train_seconds=tuned.finished.seconds,
-        examples_per_second=steps[-1].examples / tuned.finished.seconds,
-        tokens_per_second=steps[-1].tokens / tuned.finished.seconds,
+        train_seconds=seconds,
+        examples_per_second=steps[-1].examples / seconds if steps else 0.0,
+        tokens_per_second=steps[-1].tokens / seconds if steps else 0.0,
         peak_bytes=peak(),
         baseline_bytes=baseline,
         trainable=sum(p.numel() for p in trainable_parameters(base.model).values()),
@@ -90,10 +98,17 @@ def run_cell(cell: Cell, folder: Path, listen: Listener = ignore) -> CellResult:
     return result
 
 
-def read_data(cell: Cell) -> TextData:
+def read_data(cell: Cell) -> TextData | DialogueData:
     """The cell's data, cut to its limits; the same rows for every seed, so that seeds differ in training alone."""
     choice = cell.data
-    data = load_data(choice.name, text=choice.text, label=choice.label)
+    data = load_data(
+        choice.name,
+        task=choice.task,
+        text=choice.text,
+        label=choice.label,
+        system=choice.system,
+        template=choice.template,
+    )
     if cell.data_revision not in ("", data.revision):
         raise UserError(
             f"the data '{choice.name}' changed since the comparison began", "start it again in a new folder with --out"
@@ -101,7 +116,7 @@ def read_data(cell: Cell) -> TextData:
     return data.limited(choice.train, choice.validation, choice.test, seed=0)
 
 
-def _save(tuned: Tuned, data: TextData, cell: Cell, folder: Path) -> None:
+def _save(tuned: Tuned, data: TextData | DialogueData, cell: Cell, folder: Path) -> None:
     save_adapter(
         tuned.base.model,
         folder,
@@ -112,7 +127,8 @@ def _save(tuned: Tuned, data: TextData, cell: Cell, folder: Path) -> None:
         training=tuned.settings.model_dump(mode="json"),
         max_length=tuned.max_length,
         seed=cell.seed,
-        pairs=data.train.pairs is not None,
+        task=data.task,
+        pairs=isinstance(data, TextData) and data.train.pairs is not None,
     )
 
 

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from deltatune.errors import UserError, nearest
 from deltatune.methods import Method, make, options_of, parse
 from deltatune.models.quantise import read_storages
+from deltatune.training.generation import Decoding
 from deltatune.training.settings import Training
 
 _STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -31,10 +32,16 @@ class DataChoice(BaseModel):
 
     name: str
     """Embedded name, file, folder or hub id."""
+    task: Literal["", "classification", "generation"] = ""
+    """What it is for, where its columns do not say it."""
     text: tuple[str, ...] = ()
-    """Text column, or the two of a sentence pair; found by name where left out."""
+    """Text column, the two of a sentence pair, or the prompt's; found by name where left out."""
     label: str = ""
-    """Label column; found by name where left out."""
+    """Label column, or the completion's; found by name where left out."""
+    template: str = ""
+    """Words around columns that make the prompt, such as "Summarise: {document}"."""
+    system: str = ""
+    """What the system says before each prompt."""
     train: int | None = Field(None, ge=1)
     """Most training examples to use."""
     validation: int | None = Field(None, ge=1)
@@ -99,6 +106,7 @@ class Cell(BaseModel):
     data_revision: str = ""
     method: MethodChoice
     training: Training
+    decoding: Decoding = Decoding()
     seed: Seed
 
     @property
@@ -124,6 +132,8 @@ class Experiment(BaseModel):
     """Each method runs once with every seed."""
     training: Training = Training()
     """Settings that all methods share."""
+    decoding: Decoding = Decoding()
+    """How a language model writes its answers to the test prompts."""
 
     @field_validator("methods")
     @classmethod
@@ -149,6 +159,7 @@ class Experiment(BaseModel):
                 data_revision=data_revision,
                 method=choice,
                 training=self._training(choice),
+                decoding=self.decoding,
                 seed=seed,
             )
             for seed in self.seeds
@@ -218,7 +229,12 @@ def _readable(error: ValidationError, source: str) -> UserError:
     return UserError(f"{source}: {place} {wanted}, not {first['input']!r}", hint)
 
 
-_PARTS: Mapping[Any, type[BaseModel]] = {"data": DataChoice, "methods": MethodChoice, "training": Training}
+_PARTS: Mapping[Any, type[BaseModel]] = {
+    "data": DataChoice,
+    "methods": MethodChoice,
+    "training": Training,
+    "decoding": Decoding,
+}
 _WANTED = {
     "tuple_type": "should be a list",
     "too_short": "should have one entry at least",

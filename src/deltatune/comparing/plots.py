@@ -16,6 +16,7 @@ import altair as alt
 import vl_convert
 
 from deltatune.comparing import table
+from deltatune.comparing.quality import named
 from deltatune.comparing.results import CellResult
 from deltatune.comparing.table import Figures, Row
 from deltatune.training.events import Evaluated, Event, Step
@@ -90,7 +91,7 @@ def plots(rows: Sequence[Row], results: Sequence[CellResult], curves: Curves) ->
         return []
     palette = colours(rows)
     reference = next(row.label for row in rows if row.is_reference)
-    drawn = [_accuracy(done, results, palette), _time(done, results, palette), _memory(done, palette)]
+    drawn = [_quality(done, results, palette), _time(done, results, palette), _memory(done, palette)]
     drawn.append(_size(done, palette))
     if any(figures.difference for _, figures in done):
         drawn.insert(1, _difference(done, reference, palette))
@@ -103,24 +104,29 @@ def plots(rows: Sequence[Row], results: Sequence[CellResult], curves: Curves) ->
 _Done = Sequence[tuple[Row, Figures]]
 
 
-def _accuracy(done: _Done, results: Sequence[CellResult], palette: Mapping[str, str]) -> Plot:
+def _metric(done: _Done) -> str:
+    """What the metric is called."""
+    return named(done[0][1].metric).title
+
+
+def _quality(done: _Done, results: Sequence[CellResult], palette: Mapping[str, str]) -> Plot:
     bars = [
         {
             "label": row.label,
-            "value": figures.accuracy.mean,
-            "low": figures.accuracy_interval.low,
-            "high": figures.accuracy_interval.high,
-            "note": f"{table.percent(figures.accuracy.mean)}  [{table.interval_text(figures.accuracy_interval)}]",
+            "value": figures.quality.mean,
+            "low": figures.interval.low,
+            "high": figures.interval.high,
+            "note": f"{table.percent(figures.quality.mean)}  [{table.interval_text(figures.interval)}]",
         }
         for row, figures in done
     ]
     x = alt.X("value:Q", scale=alt.Scale(domain=[0, 1]), axis=_axis(format="%", tickCount=5, title=None))
     interval = _base(bars).mark_rule(strokeWidth=1.5, yOffset=19).encode(x="low:Q", x2="high:Q", y=_rows(bars))
-    dots, about_dots = _seed_dots(done, [(cell.label, cell.accuracy) for cell in results])
+    dots, about_dots = _seed_dots(done, [(cell.label, cell.quality) for cell in results])
     return _plot(
-        "accuracy",
-        "Test accuracy",
-        f"Bars: share of the test split that was right. Lines: 95% interval.{about_dots}",
+        "quality",
+        f"{_metric(done)} on the test split",
+        f"{named(done[0][1].metric).meaning} Lines: 95% interval.{about_dots}",
         alt.layer(*_bars(bars, x, palette), interval, *dots),
     )
 
@@ -151,7 +157,7 @@ def _difference(done: _Done, reference: str, palette: Mapping[str, str]) -> Plot
     )
     return _plot(
         "difference",
-        f"Accuracy against {reference}, in points",
+        f"{_metric(done)} against {reference}, in points",
         "Lines: 95% interval, paired on the same test examples. A hollow point, whose line crosses zero, is not "
         "distinguishable from no difference.",
         alt.layer(zero, lines, means, *_words(gaps)),
@@ -204,17 +210,17 @@ def _memory(done: _Done, palette: Mapping[str, str]) -> Plot:
 def _size(done: _Done, palette: Mapping[str, str]) -> Plot:
     unit, length = _unit_of_time(done)
     height = max(300, 18 * len(done))
-    lows, highs = zip(*((f.accuracy_interval.low, f.accuracy_interval.high) for _, f in done), strict=True)
+    lows, highs = zip(*((f.interval.low, f.interval.high) for _, f in done), strict=True)
     bottom, top = max(0.0, min(lows) - 0.02), min(1.0, max(highs) + 0.02)
     gap = 17 * (top - bottom) / height
-    places = _apart([figures.accuracy.mean for _, figures in done], gap, bottom + gap / 2, top - gap / 2)
+    places = _apart([figures.quality.mean for _, figures in done], gap, bottom + gap / 2, top - gap / 2)
     circles: list[dict[str, Any]] = [
         {
             "label": row.label,
             "time": figures.train_seconds.mean / length,
-            "accuracy": figures.accuracy.mean,
-            "low": figures.accuracy_interval.low,
-            "high": figures.accuracy_interval.high,
+            "quality": figures.quality.mean,
+            "low": figures.interval.low,
+            "high": figures.interval.high,
             "trainable": figures.trainable,
             "place": place,
             "note": f"{row.label} · {table.count(figures.trainable)}",
@@ -230,20 +236,20 @@ def _size(done: _Done, palette: Mapping[str, str]) -> Plot:
         axis=alt.Axis(title=f"training time, {unit}", values=_ticks(longest)),
     )
     y = alt.Y(
-        "accuracy:Q",
+        "quality:Q",
         scale=alt.Scale(domain=[bottom, top], nice=False),
-        axis=alt.Axis(format=".0%" if top - bottom > 0.06 else ".1%", tickCount=6, title="test accuracy"),
+        axis=alt.Axis(format=".0%" if top - bottom > 0.06 else ".1%", tickCount=6, title=f"{_metric(done)} on test"),
     )
     # Area is proportional to the number, from a domain that begins at 0; the largest circle has a radius of 32 pixels.
     area = alt.Size("trainable:Q", scale=alt.Scale(type="linear", domainMin=0, range=[0, math.pi * 32**2]), legend=None)
-    tooltip = ["label:N", "time:Q", "accuracy:Q", "trainable:Q", alt.Tooltip("adapter:N", title="adapter on disk")]
+    tooltip = ["label:N", "time:Q", "quality:Q", "trainable:Q", alt.Tooltip("adapter:N", title="adapter on disk")]
     base = _base(circles).encode(x=x, y=y)
     edge = alt.value({"expr": "width * 0.74"})
     return _plot(
         "size",
-        "What accuracy costs",
+        f"What {_metric(done)} costs",
         "Area of a circle: trained parameters, also given by name. A dot marks the middle, so that the smallest show "
-        "too. Upright lines: 95% interval of the accuracy.",
+        "too. Upright lines: 95% interval.",
         alt.layer(
             base.mark_rule(opacity=0.6).encode(x2=edge, y2="place:Q", color=_colour(palette)),
             base.mark_rule(strokeWidth=1.5, opacity=0.55).encode(y=alt.Y("low:Q"), y2="high:Q"),

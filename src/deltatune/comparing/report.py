@@ -1,14 +1,15 @@
 """report.html: the comparison as one page that opens anywhere, offline, with nothing beside it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from deltatune.comparing import table
+from deltatune.comparing.quality import named
 from deltatune.comparing.results import CellResult, FailedCell
 from deltatune.comparing.table import Figures, Row, Spread
 from deltatune.errors import UserError
@@ -44,6 +45,7 @@ def write_report(
     from deltatune.comparing import plots
 
     rows = table.rows(results, failed)
+    shown = columns(rows)
     drawn = plots.plots(rows, results, curves)
     with new_folder(folder / "plots") as pictures:
         for plot in drawn:
@@ -57,8 +59,8 @@ def write_report(
         summary=summary(rows),
         caution=table.what_intervals_cover(rows),
         rows=rows,
-        columns=COLUMNS,
-        groups={group: list(columns) for group, columns in groupby(COLUMNS, key=lambda column: column.group)},
+        columns=shown,
+        groups={group: list(several) for group, several in groupby(shown, key=lambda column: column.group)},
         colours=plots.colours(rows),
         plots=drawn,
         charts={plot.name: plot.spec for plot in drawn},
@@ -81,10 +83,12 @@ def summary(rows: Sequence[Row]) -> str:
         sentences.append("No run finished.")
     elif not compared:
         row, figures = reference
-        accuracy = f"{table.percent(figures.accuracy.mean)} [{table.interval_text(figures.accuracy_interval)}]"
-        sentences.append(f"{row.label} reaches {accuracy} test accuracy; there is nothing to compare it with.")
+        reached = f"{table.percent(figures.quality.mean)} [{table.interval_text(figures.interval)}]"
+        sentences.append(
+            f"{row.label} reaches {reached} test {named(figures.metric).word}; there is nothing to compare it with."
+        )
     else:
-        best = max(compared, key=lambda pair: pair[1].accuracy.mean)
+        best = max(compared, key=lambda pair: pair[1].quality.mean)
         sentences.append(_headline(*best, _called(reference[0])))
         others = [figures for row, figures in compared if row is not best[0]]
         if others:
@@ -101,13 +105,13 @@ def _headline(row: Row, figures: Figures, reference: str) -> str:
     time = f", in {figures.time_share:.0%} of the time of full fine-tuning" if figures.time_share is not None else ""
     interval = table.points_interval(gap.interval)
     verdict = (
-        f"the difference in accuracy to {reference}, {table.points(gap.value)} points {interval}, "
+        f"the difference in {named(figures.metric).word} to {reference}, {table.points(gap.value)} points {interval}, "
         "is not distinguishable from zero"
         if gap.verdict == "not distinguishable"
         else f"that is {gap.verdict} than {reference}, by {table.points(gap.value)} points {interval}"
     )
     return (
-        f"{row.label} reaches {table.percent(figures.accuracy.mean)} test accuracy with "
+        f"{row.label} reaches {table.percent(figures.quality.mean)} test {named(figures.metric).word} with "
         f"{table.small_percent(figures.trainable_share)} of the parameters trained{time}; {verdict}."
     )
 
@@ -207,58 +211,65 @@ def _gap_interval(figures: Figures) -> str:
 
 _SIGNS = {"better": "▲ better", "worse": "▼ worse", "not distinguishable": "≈ not distinguishable"}
 
-COLUMNS = (
-    _plain(
+
+def columns(rows: Sequence[Row]) -> tuple[Column, ...]:
+    """The columns of the page's table, in order, those of a group together."""
+    figures = next((row.figures for row in rows if row.figures), None)
+    return (*(_quality(figures) if figures else ()), *_COST)
+
+
+def _quality(figures: Figures) -> Iterator[Column]:
+    """What the task's figures are, the metric first."""
+    metric = named(figures.metric)
+    yield _plain(
         "Quality",
-        "Accuracy",
-        "Share of the test split that was right, mean over seeds; below it the 95% interval (Wilson).",
-        lambda figures: figures.accuracy.mean,
+        metric.title,
+        f"{metric.meaning} Mean over seeds; below it the 95% interval.",
+        lambda figures: figures.quality.mean,
         table.percent,
-        lambda figures: table.interval_text(figures.accuracy_interval),
-    ),
-    _plain(
+        lambda figures: table.interval_text(figures.interval),
+    )
+    yield _plain(
         "Quality",
         "Difference",
-        "Accuracy minus the reference's, in percentage points; below it the 95% interval (paired bootstrap).",
+        f"{metric.title} minus the reference's, in percentage points; below it the 95% interval (paired bootstrap).",
         lambda figures: figures.difference.value if figures.difference else None,
         table.points,
         _gap_interval,
-    ),
-    Column(
+    )
+    yield Column(
         "Quality",
         "Verdict",
         "Better or worse than the reference where that interval leaves out 0; else not distinguishable.",
         lambda figures: _SIGNS[figures.difference.verdict] if figures.difference else "",
         lambda figures: figures.difference.interval.low if figures.difference else None,
-    ),
-    _over_seeds(
-        "Quality",
-        "Macro-F1",
-        "F1 of each class on the test split, averaged with equal weight: small classes count as much as large ones.",
-        lambda figures: figures.macro_f1,
-        _three_decimals,
-    ),
-    _over_seeds(
-        "Quality",
-        "Test loss",
-        "Mean cross-entropy on the test split.",
-        lambda figures: figures.test_loss,
-        _three_decimals,
-    ),
-    _over_seeds(
-        "Quality",
-        "Validation accuracy",
-        "On the split that chooses among checkpoints and learning rates, so a little too kind.",
-        lambda figures: figures.validation_accuracy,
-        table.percent,
-    ),
-    _over_seeds(
-        "Quality",
-        "Validation loss",
-        "Mean cross-entropy on that split.",
-        lambda figures: figures.validation_loss,
-        _three_decimals,
-    ),
+    )
+    for name in figures.test:
+        if name != figures.metric:
+            yield _figure(name, named(name).title, named(name).meaning, "test")
+    for name in figures.validation:
+        title = f"Validation {named(name).word.removeprefix('test ')}"
+        meaning = "On the split that chooses among checkpoints and learning rates, so a little too kind."
+        yield _figure(name, title, meaning, "validation")
+    if figures.forgotten:
+        yield _over_seeds(
+            "Quality",
+            "Forgotten",
+            "By how much the loss on a fixed text that is not the task rose in training, in nats a token.",
+            lambda figures: figures.forgotten or Spread(0, 0, 0),
+            lambda number: f"{number:+.3f}".replace("-", "−"),
+        )
+
+
+def _figure(name: str, title: str, meaning: str, split: Literal["test", "validation"]) -> Column:
+    def spread(figures: Figures) -> Spread:
+        found: Spread = getattr(figures, split)[name]
+        return found
+
+    return _over_seeds("Quality", title, meaning, spread, table.percent if named(name).share else _three_decimals)
+
+
+_COST = (
     _over_seeds(
         "Quality",
         "Train loss",
@@ -329,4 +340,4 @@ COLUMNS = (
         table.size,
     ),
 )
-"""The columns of the page's table, in order, those of a group together."""
+"""The columns that every task has."""

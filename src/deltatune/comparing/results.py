@@ -17,17 +17,22 @@ class CellResult(BaseModel):
     """Every hyperparameter of the method, defaults written out."""
     seed: int
 
-    accuracy: float
-    """On the test split, in [0, 1]."""
-    macro_f1: float
-    test_loss: float
-    validation_accuracy: float
-    validation_loss: float
+    metric: str
+    """Which of the test figures methods are compared by, such as accuracy; larger is better."""
+    test: dict[str, float]
+    """Every figure on the test split by name, the metric and `loss` among them."""
+    variants: dict[str, str] = {}
+    """Of the figures that come in several variants, which one was computed."""
+    test_values: list[float]
+    """The metric of each test example, in [0, 1]: what paired intervals are made from."""
+    test_digest: str
+    """SHA-256 of the test examples: cells are compared on the same ones alone."""
+    validation: dict[str, float]
+    """The figures on the validation split of the weights that were kept."""
     train_loss: float
-    """Mean over the last tenth of the steps, dropout on."""
-    test_labels: list[int]
-    predictions: list[int]
-    """Predicted label of each test example, in the order of `test_labels`: what paired intervals are made from."""
+    """Mean over the last tenth of the steps, dropout on; 0 where nothing trained."""
+    plain_text: tuple[float, float] | None = None
+    """Loss of a language model on a fixed text that is not the task, before and after: what it forgot."""
 
     steps: int
     train_seconds: float
@@ -47,6 +52,11 @@ class CellResult(BaseModel):
     model_bytes: int
     """Bytes of the adapted model's parameters and buffers in memory."""
     precision: str
+
+    @property
+    def quality(self) -> float:
+        """The metric over the whole test split."""
+        return self.test[self.metric]
 
 
 class FailedCell(BaseModel):

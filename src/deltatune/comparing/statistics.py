@@ -12,8 +12,8 @@ from deltatune.errors import UserError
 
 Verdict = Literal["better", "worse", "not distinguishable"]
 
-Gains = npt.NDArray[np.int8]
-"""Of each test example (and seed): 1 where only ours was right, -1 where only theirs was, else 0."""
+Gains = npt.NDArray[np.float64]
+"""Of each test example (and seed): by how much ours did better, in [-1, 1]; 1, 0, -1 for answers right or wrong."""
 
 _Z = 1.959964
 """Standard deviations that hold the middle 95% of a normal distribution."""
@@ -30,7 +30,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How much more of the test split one method gets right than another, in [-1, 1], and whether that means anything.
+    """How much better one method does on the test split than another, in [-1, 1], and whether that means anything.
 
     The interval is a percentile bootstrap (Efron & Tibshirani 1993, chapter 13) over test examples, paired: both
     methods answer the same resampled examples, so what is hard for both cancels out. With several seeds it resamples
@@ -50,10 +50,17 @@ class Difference:
     """"Not distinguishable" where the interval holds 0, else the side on which it lies."""
 
 
-def accuracy_interval(labels: Sequence[int], predictions: Sequence[int]) -> Interval:
-    """The 95% interval of an accuracy measured on these test examples; see `wilson`."""
-    correct = np.asarray(labels) == np.asarray(predictions)
-    return wilson(float(correct.mean()), correct.size)
+def mean_interval(cells: Sequence[CellResult]) -> Interval:
+    """The 95% interval of the metric of one method: its mean over test examples, and over seeds where it has several.
+
+    Wilson's where answers are right or wrong, else mean ± 1.96 standard errors: of the choice of examples alone.
+    """
+    values = np.array([cell.test_values for cell in cells])  # (seeds, examples)
+    mean = float(values.mean())
+    if np.isin(values, (0.0, 1.0)).all():
+        return wilson(mean, values.shape[1])
+    half = _Z * float(values.mean(axis=0).std()) / max(1, values.shape[1] - 1) ** 0.5
+    return Interval(mean - half, mean + half)
 
 
 def wilson(share: float, count: int) -> Interval:
@@ -70,7 +77,7 @@ def wilson(share: float, count: int) -> Interval:
 
 
 def difference(a: Sequence[CellResult], b: Sequence[CellResult], generator_seed: int = 0) -> Difference | None:
-    """Test accuracy of the method with cells `a` minus that of the reference with cells `b`; None if no seed is shared.
+    """The metric of the method with cells `a` minus that of the reference with cells `b`; None if no seed is shared.
 
     The same cells and `generator_seed` give the same interval. Raises UserError for cells tested on different examples.
     """
@@ -85,28 +92,28 @@ def difference(a: Sequence[CellResult], b: Sequence[CellResult], generator_seed:
 
 
 def _gain(ours: CellResult, theirs: CellResult) -> Gains:
-    labels = np.asarray(ours.test_labels)
-    if not np.array_equal(labels, np.asarray(theirs.test_labels)):
+    if (ours.test_digest, ours.metric) != (theirs.test_digest, theirs.metric):
         raise UserError(
             f"'{ours.label}' and '{theirs.label}' with seed {ours.seed} were not tested on the same examples",
             "a comparison needs one test split: run it again in a new folder",
         )
-    ours_right, theirs_right = ((np.asarray(cell.predictions) == labels).astype(np.int8) for cell in (ours, theirs))
-    return np.asarray(ours_right - theirs_right, dtype=np.int8)
+    return np.subtract(ours.test_values, theirs.test_values)
 
 
 def _bootstrap(gains: Gains, generator: np.random.Generator) -> Interval:
     """The percentile interval of the mean of `gains` (examples, seeds)."""
-    examples, seeds = gains.shape
+    seeds = gains.shape[1]
     # A bootstrap cannot draw what it never saw: with four disagreements, all one way, it would call the matter settled.
     # One imagined disagreement each way (in the manner of Agresti & Min 2005) brings it in line with the exact test.
-    imagined = np.array([[1], [-1]], dtype=np.int8).repeat(seeds, axis=1)
+    # Where answers are better or worse by degrees, the examples show how much they vary.
+    if np.isin(gains, (-1.0, 0.0, 1.0)).all():
+        gains = np.vstack([gains, np.array([[1.0], [-1.0]]).repeat(seeds, axis=1)])
     # Examples with the same gains are interchangeable, so we draw how often each pattern comes up, not each example.
-    patterns, counts = np.unique(np.vstack([gains, imagined]), axis=0, return_counts=True)
-    draws = generator.multinomial(examples + 2, counts / counts.sum(), size=_RESAMPLES)  # (resamples, patterns)
+    patterns, counts = np.unique(gains, axis=0, return_counts=True)
+    draws = generator.multinomial(counts.sum(), counts / counts.sum(), size=_RESAMPLES)  # (resamples, patterns)
     # Drawing one seed fewer than there are keeps the variance between seeds from coming out too small.
     drawn = max(1, seeds - 1)
     weights = generator.multinomial(drawn, np.full(seeds, 1 / seeds), size=_RESAMPLES)  # (resamples, seeds)
-    means = (draws @ patterns * weights).sum(axis=1) / (drawn * (examples + 2))
+    means = (draws @ patterns * weights).sum(axis=1) / (drawn * counts.sum())
     low, high = np.quantile(means, [0.025, 0.975])
     return Interval(float(low), float(high))

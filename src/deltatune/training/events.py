@@ -37,7 +37,7 @@ class Step:
     step: int
     epoch: float
     loss: float
-    """Mean training loss over the examples of this step, dropout on."""
+    """Mean training loss over the examples, or scored tokens, of this step, dropout on."""
     learning_rate: float
     grad_norm: float
     """Norm of all gradients before clipping."""
@@ -56,12 +56,16 @@ class Evaluated:
     step: int
     epoch: float
     split: str
-    loss: float
-    accuracy: float
-    macro_f1: float
+    figures: dict[str, float]
+    """What came out, by name: the loss, and what else the task has."""
     examples: int
     seconds: float
     """How long the scoring took."""
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy, in nats."""
+        return self.figures["loss"]
 
 
 @dataclass(frozen=True, slots=True)

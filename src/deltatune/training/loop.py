@@ -6,30 +6,26 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from deltatune.data.batches import Batch, collate, epoch
-from deltatune.data.tokens import Tokens
+from deltatune.data.batches import Batch, epoch
 from deltatune.errors import UserError
 from deltatune.models.attach import after_step, learning_rates, penalty, settled, trainable_parameters
 from deltatune.models.quantise import total_parameters
 from deltatune.training.checkpointing import checkpointing
-from deltatune.training.evaluation import Scores, evaluate
 from deltatune.training.events import Evaluated, Finished, Listener, Started, Step
 from deltatune.training.optimisers import make_optimiser
-from deltatune.training.precision import Computed, autocast
+from deltatune.training.precision import Computed
 from deltatune.training.prefix import Prefix
 from deltatune.training.schedule import rate
 from deltatune.training.settings import Training
+from deltatune.training.task import Examples, Scores, Task
 
 
 def train(
-    model: PreTrainedModel,
-    examples: Tokens,
-    validation: Tokens,
+    task: Task,
+    examples: Examples,
+    validation: Examples,
     settings: Training,
     *,
     learning_rate: float,
@@ -37,14 +33,17 @@ def train(
     seed: int,
     listen: Listener,
 ) -> tuple[Finished, Scores]:
-    """Trains what is thawed in `model` and leaves the kept weights in it; gives the last event and their scores.
+    """Trains what is thawed in the task's model and leaves the kept weights in it; gives the last event, their scores.
 
     The order of examples, the dropout and so the result depend on `seed` alone. Raises `UserError`, with the first bad
     tensor named, when the loss or a gradient is not finite.
     """
+    model = task.model
+    parameters = trainable_parameters(model)
+    if not parameters:
+        return _untrained(task, examples, validation, precision, seed, listen)
     groups = _plan(examples, settings, seed)
     at = _validation_steps(len(groups), settings)
-    parameters = trainable_parameters(model)
     optimizer = make_optimiser(
         settings.optimiser, parameters, learning_rates(model), settings.weight_decay, settings.paged_folder
     )
@@ -63,8 +62,8 @@ def train(
     seconds, seen, tokens = 0.0, 0, 0
     model.train()
     prefix = Prefix(model, settings.cache, settings.cache_on)
-    some = collate(examples, groups[0][0][:1], model.config.pad_token_id)
-    prefix.freeze(lambda: _logits(model, some, precision))
+    some = task.collate(examples, groups[0][0][:1])
+    prefix.freeze(lambda: task.run(some))
     with torch.random.fork_rng(), checkpointing(model, settings.gradient_checkpointing):
         torch.manual_seed(seed)
         for step, group in enumerate(groups, start=1):
@@ -72,8 +71,8 @@ def train(
             current = learning_rate * rate(step - 1, len(groups), settings.warmup, settings.schedule)
             for part in optimizer.param_groups:
                 part["lr"] = current * part["factor"]
-            batches = [collate(examples, places, model.config.pad_token_id) for places in group]
-            loss = _accumulate(model, batches, precision, prefix)
+            batches = [task.collate(examples, places) for places in group]
+            loss = _accumulate(task, batches, prefix)
             if (extra := penalty(model)) is not None:
                 extra.backward()  # type: ignore[no-untyped-call]
             norm = nn.utils.clip_grad_norm_(parameters.values(), settings.clip or math.inf).item()
@@ -89,13 +88,9 @@ def train(
             listen(Step(step, done, loss, current, norm, seen, tokens, seconds))
             if step in at:
                 began = time.perf_counter()
-                scores = evaluate(model, validation, precision)
+                scores = task.evaluate(validation)
                 took = time.perf_counter() - began
-                listen(
-                    Evaluated(
-                        step, done, "validation", scores.loss, scores.accuracy, scores.macro_f1, len(validation), took
-                    )
-                )
+                listen(Evaluated(step, done, "validation", dict(scores.figures), len(validation), took))
                 if settled(model, step, len(groups)):
                     kept.offer(step, scores, parameters)
     best_step, scores = kept.restore(parameters)
@@ -104,7 +99,20 @@ def train(
     return finished, scores
 
 
-def _plan(examples: Tokens, settings: Training, seed: int) -> list[list[list[int]]]:
+def _untrained(
+    task: Task, examples: Examples, validation: Examples, precision: Computed, seed: int, listen: Listener
+) -> tuple[Finished, Scores]:
+    """A run of no steps: what a language model does without any training."""
+    listen(Started(0, 0.0, len(examples), 0, total_parameters(task.model), precision, seed))
+    began = time.perf_counter()
+    scores = task.evaluate(validation)
+    listen(Evaluated(0, 0.0, "validation", dict(scores.figures), len(validation), time.perf_counter() - began))
+    finished = Finished(0, 0.0, 0)
+    listen(finished)
+    return finished, scores
+
+
+def _plan(examples: Examples, settings: Training, seed: int) -> list[list[list[int]]]:
     """Every optimiser step of the run as its batches, each a list of places: fixed by the seed beforehand.
 
     The batches are those of the first epoch; the later ones have them in another order.
@@ -125,24 +133,14 @@ def _validation_steps(steps: int, settings: Training) -> set[int]:
     return {math.ceil(steps * k / count) for k in range(1, count + 1)}
 
 
-def _accumulate(model: PreTrainedModel, batches: list[Batch], precision: Computed, prefix: Prefix) -> float:
-    """Adds the gradients of the mean loss over the batches' examples together; gives that mean."""
-    examples = sum(len(batch.indices) for batch in batches)
+def _accumulate(task: Task, batches: list[Batch], prefix: Prefix) -> float:
+    """Adds the gradients of the mean loss over the batches together; gives that mean."""
+    units = sum(batch.units for batch in batches)
     total = 0.0
     for batch in batches:
         with prefix.standing_in(batch.indices):
-            logits = _logits(model, batch, precision)
-        loss = F.cross_entropy(logits.float(), batch.labels.to(model.device), reduction="sum") / examples
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.item()
+            total += task.backward(batch, units)
     return total
-
-
-def _logits(model: PreTrainedModel, batch: Batch, precision: Computed) -> Float[Tensor, "examples labels"]:
-    inputs = {name: tensor.to(model.device) for name, tensor in batch.inputs.items()}
-    with autocast(precision, model.device):
-        logits: Tensor = model(**inputs).logits
-    return logits
 
 
 class _Kept:
@@ -154,8 +152,8 @@ class _Kept:
         self._best: tuple[int, Scores] | None = None
 
     def offer(self, step: int, scores: Scores, parameters: dict[str, nn.Parameter]) -> None:
-        """Takes the current weights if they are better: by accuracy, then by loss."""
-        if self._keep == "last" or self._best is None or _rank(scores) > _rank(self._best[1]):
+        """Takes the current weights if they are better."""
+        if self._keep == "last" or self._best is None or scores.rank > self._best[1].rank:
             self._best = (step, scores)
             if self._keep == "best":
                 self._weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -167,10 +165,6 @@ class _Kept:
             parameters[name].copy_(weight)
         assert self._best is not None  # the last step is always scored
         return self._best
-
-
-def _rank(scores: Scores) -> tuple[float, float]:
-    return scores.accuracy, -scores.loss
 
 
 def _diverged(step: int, loss: float, parameters: dict[str, nn.Parameter]) -> UserError:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from deltatune.data import Split, TextData, load_data
-from deltatune.data.tokens import length_limit, tokenize
+from deltatune.data.dialogues import Dialogues
+from deltatune.data.tokens import length_limit
 from deltatune.errors import UserError
 from deltatune.models.adapters import SavedAdapter, load_adapter, read_adapter
 from deltatune.models.base import Base, find_base, load
 from deltatune.training.attention import choose_attention
-from deltatune.training.evaluation import Scores, evaluate
 from deltatune.training.precision import Computed, Precision, prepare, resolve
+from deltatune.training.task import Scores
+from deltatune.training.tasks import check_task, task_for
 
 SPLITS = ("train", "validation", "test")
 
@@ -28,18 +30,19 @@ class Ready:
     precision: Computed
     max_length: int
 
-    def scores(self, split: Split) -> Scores:
-        """Scores on a split whose labels are numbered as the adapter's.
+    def scores(self, split: Split | Dialogues) -> Scores:
+        """Scores on a split; the labels of a classifier's are numbered as the adapter's.
 
         Raises `UserError` for single texts where it was trained on pairs, and the other way round.
         """
-        pairs = split.pairs is not None
+        pairs = isinstance(split, Split) and split.pairs is not None
         if self.saved.about.get("pairs", pairs) != pairs:
             raise UserError(
                 f"this adapter was trained on {'single texts' if pairs else 'pairs of texts'}",
                 f"give {'one text' if pairs else 'two texts'} for each label",
             )
-        return evaluate(self.base.model, tokenize(split, self.base.tokenizer, self.max_length), self.precision)
+        task = task_for(self.base, self.precision)
+        return task.evaluate(task.encode(split, self.max_length))
 
 
 def open_adapter(folder: Path, *, base: str = "", precision: str = "") -> Ready:
@@ -77,6 +80,7 @@ def score(ready: Ready, name: str, split: str, text: tuple[str, ...] = (), label
     if not name or trained_on.get("name") in (name, str(Path(name).resolve())):
         text, label = text or tuple(trained_on["text"]), label or trained_on["label"]
     data = load_data(name or trained_on["name"], text=text, label=label)
+    check_task(ready.base, data)
     if not name:
         if data.revision != trained_on["revision"]:
             raise UserError(
@@ -85,16 +89,17 @@ def score(ready: Ready, name: str, split: str, text: tuple[str, ...] = (), label
             )
         data = data.limited(trained_on["train"], trained_on["validation"], trained_on["test"], seed=0)
     names = SPLITS if split == "all" else (split,)
-    return ready.scores(_joined([_renumbered(getattr(data, part), data, ready.saved) for part in names]))
+    if isinstance(data, TextData):
+        return ready.scores(_joined([_renumbered(getattr(data, part), data, ready.saved) for part in names]))
+    return ready.scores(Dialogues([example for part in names for example in getattr(data, part).examples]))
 
 
 def predict(ready: Ready, texts: Split) -> Iterator[dict[str, Any]]:
     """The label of each text and its probability, in order."""
-    scores = ready.scores(texts)
-    for place, (number, probability) in enumerate(zip(scores.predictions, scores.probabilities, strict=True)):
+    for place, said in enumerate(ready.scores(texts).outputs):
         pair = {} if texts.pairs is None else {"pair": texts.pairs[place]}
-        label = ready.saved.labels[number]
-        yield {"text": texts.texts[place], **pair, "label": label, "probability": round(probability, 4)}
+        label = ready.saved.labels[said["prediction"]]
+        yield {"text": texts.texts[place], **pair, "label": label, "probability": said["probability"]}
 
 
 def read_lines(source: str) -> list[tuple[str, str]]:

@@ -1,25 +1,29 @@
 """One training run from end to end: attach a method to a base, train it on data, keep the best, score it."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from deltatune.data.batches import collate, epoch
-from deltatune.data.examples import TextData
-from deltatune.data.tokens import Tokens, length_limit, tokenize
+from deltatune.data import DialogueData, TextData
+from deltatune.data.batches import epoch
+from deltatune.data.tokens import length_limit
 from deltatune.dropout import replace_dropout
 from deltatune.methods import Method, Mixed, SoftPrompt
-from deltatune.models.attach import attach
+from deltatune.models.attach import Attachment, attach, attachment, disabled
 from deltatune.models.base import Base, originals
 from deltatune.training.attention import choose_attention
-from deltatune.training.evaluation import Scores
 from deltatune.training.events import Finished, Listener
 from deltatune.training.loop import train
+from deltatune.training.plain_text import plain_text_loss
 from deltatune.training.precision import Computed, prepare, resolve
 from deltatune.training.settings import Training
+from deltatune.training.task import Examples, Scores, Task
+from deltatune.training.tasks import check_task, task_for
 
 _OBSERVED = 64
 """The most batches that a method may read before training; most stop long before."""
@@ -39,6 +43,8 @@ class Tuned:
     validation: Scores
     truncated: int
     """Training examples that were longer than `max_length`."""
+    plain_text: float | None
+    """Loss of the base on a fixed text that is not the task; None for a classifier."""
 
 
 def ignore(_: object) -> None:
@@ -47,7 +53,7 @@ def ignore(_: object) -> None:
 
 def tune(
     base: Base,
-    data: TextData,
+    data: TextData | DialogueData,
     method: Method,
     settings: Training | None = None,
     *,
@@ -60,23 +66,32 @@ def tune(
     """
     settings = settings or Training()
     model = base.model
+    check_task(base, data)
     method = _with_token_ids(method, base.tokenizer)
     virtual_tokens = getattr(method, "virtual_tokens", 0)
     limit = length_limit(base.tokenizer, model.config, settings.max_length, virtual_tokens)
-    examples = tokenize(data.train, base.tokenizer, limit)
-    first = _first_batches(examples, settings, seed, model.config.pad_token_id)
-    attach(model, method, seed=seed, examples=first, originals=originals(base))
-    rate = settings.learning_rate or method.learning_rate
     precision = resolve(settings.precision, model.device)
+    task = task_for(base, precision)
+    examples = task.encode(data.train, limit)
+    attach(model, method, seed=seed, examples=_first_batches(task, examples, settings, seed), originals=originals(base))
+    rate = settings.learning_rate or method.learning_rate
     prepare(model, precision)
     replace_dropout(model)
     choose_attention(model, limit)
-    validation: Tokens = tokenize(data.validation, base.tokenizer, limit)
+    with nullcontext() if cast(Attachment, attachment(model)).trains_base else disabled(model):
+        plain_text = plain_text_loss(base, precision)
     finished, scores = train(
-        model, examples, validation, settings, learning_rate=rate, precision=precision, seed=seed, listen=listen
+        task,
+        examples,
+        task.encode(data.validation, limit),
+        settings,
+        learning_rate=rate,
+        precision=precision,
+        seed=seed,
+        listen=listen,
     )
     settings = settings.model_copy(update={"learning_rate": rate, "precision": precision})
-    return Tuned(base, method, settings, precision, limit, finished, scores, examples.truncated)
+    return Tuned(base, method, settings, precision, limit, finished, scores, examples.truncated, plain_text)
 
 
 def _with_token_ids(method: Method, tokenizer: PreTrainedTokenizerBase) -> Method:
@@ -88,9 +103,9 @@ def _with_token_ids(method: Method, tokenizer: PreTrainedTokenizerBase) -> Metho
     return method.tokenised(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _first_batches(examples: Tokens, settings: Training, seed: int, pad: int) -> Iterator[dict[str, Tensor]]:
+def _first_batches(task: Task, examples: Examples, settings: Training, seed: int) -> Iterator[dict[str, Tensor]]:
     """What the run trains on first, for a method that takes its first values from examples; made as it reads them."""
     order = epoch(examples.lengths, settings.batch_tokens, np.random.default_rng(seed))
     for places in order[:_OBSERVED]:
-        batch = collate(examples, places, pad)
+        batch = task.collate(examples, places)
         yield {**batch.inputs, "labels": batch.labels}

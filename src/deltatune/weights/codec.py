@@ -15,7 +15,7 @@ from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
 from deltatune.errors import UserError
-from deltatune.weights import dynamic_map
+from deltatune.weights import dynamic_map, kernel
 from deltatune.weights.levels import levels
 from deltatune.weights.storage import BITS, DENSE, SCALE_BLOCK, Storage
 
@@ -87,15 +87,18 @@ def decode(
 ) -> Float[Tensor, " numbers"]:
     """Fills `out`, of any floating type, with the weight's numbers from place `start` on, and returns it.
 
-    `start` has to be a multiple of `aligned(storage)`. The numbers are computed in fp32 and rounded once.
+    `start` has to be a multiple of `aligned(storage)`. The numbers are computed in fp32 and rounded once. `kernel` does
+    what it can of them.
     """
     if storage.format in DENSE:
         return out.copy_(packed.codes[start : start + len(out)])
     scales = decode_scales(packed)
     if storage.format == "int8":
         scales = scales / 127
+    bits, place = BITS[storage.format], start // storage.block
+    done = kernel.decode_blocks(storage.format, packed.codes[start * bits // 8 :], scales[place:], out, storage.block)
     tile = len(out) if out.is_cuda else _TILE
-    for first in range(0, len(out), tile):
+    for first in range(done, len(out), tile):
         part = out[first : first + tile]
         values = _levels_of(packed.codes, storage, start + first, len(part))
         _scale(values, scales[(start + first) // storage.block :], storage.block)

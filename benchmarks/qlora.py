@@ -1,0 +1,226 @@
+"""QLoRA against LoRA over the same base in bf16, and against PEFT with bitsandbytes: steps, memory, loading.
+
+OMP_NUM_THREADS=1 python benchmarks/qlora.py [--base decoder minilm] [--layers 30] [--rounds 15]
+
+Bases are `minilm`, a classifier on real batches of 1,024 tokens, and a language model of SmolLM2-135M's configuration
+with random weights on 8 × 128 tokens. Each trains r = 8 on all its linear layers without dropout, over nf4 with double
+quantisation, and is given the same attention and autocast; steps are forward and backward passes, interleaved in one
+process. That it is the same work is checked: as many parameters train, and the losses agree. Memory is the peak of a
+fresh process (VmHWM) for each that loads the base and trains a few steps. Loading is from a file in bf16, interleaved.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import peft
+import torch
+from storage import Batch, interleaved, real_batches, table
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    PreTrainedModel,
+)
+
+import deltatune
+from deltatune import LoRA
+from deltatune.models.base import quiet
+from deltatune.models.quantise import read_storages
+from deltatune.models.streaming import StorageConfig
+from deltatune.training.attention import choose_attention
+from deltatune.training.precision import autocast, prepare
+from deltatune.weights import kernel
+
+BASES = ("decoder", "minilm")
+VARIANTS = ("LoRA", "QLoRA", "PEFT")
+VOCABULARY = 49152
+Rows = list[dict[str, object]]
+
+
+def write(base: str, layers: int, folder: Path) -> Path:
+    """Writes a base to a folder, in bf16."""
+    torch.manual_seed(0)
+    if base == "minilm":
+        model = deltatune.load("minilm", labels=("rotten", "fresh")).model
+    else:
+        config = LlamaConfig(
+            hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
+            num_key_value_heads=3, vocab_size=VOCABULARY, tie_word_embeddings=True, pad_token_id=0,
+        )  # fmt: skip
+        model = AutoModelForCausalLM.from_config(config)
+    model.bfloat16().save_pretrained(folder)
+    return folder
+
+
+def loaded(variant: str, base: str, folder: Path) -> PreTrainedModel:
+    """The base as that variant trains over it, without its adapter; quantised weight by weight as it is read."""
+    auto = AutoModelForSequenceClassification if base == "minilm" else AutoModelForCausalLM
+    options: dict[str, object] = {}
+    if variant == "QLoRA":
+        options["quantization_config"] = StorageConfig(read_storages("nf4"))
+    if variant == "PEFT":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    with quiet():
+        return auto.from_pretrained(folder, dtype=torch.bfloat16, **options)
+
+
+def ready(variant: str, base: str, folder: Path) -> nn.Module:
+    """The base with its adapter, ready to train."""
+    model = loaded(variant, base, folder)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    choose_attention(model, 256)
+    if variant == "PEFT":
+        task = "SEQ_CLS" if base == "minilm" else "CAUSAL_LM"
+        config = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules="all-linear", task_type=task)
+        return peft.get_peft_model(model, config).train()
+    model = deltatune.attach(model, LoRA(rank=8, alpha=16))
+    prepare(model, "bf16")
+    return model.train()
+
+
+def batches_of(base: str) -> list[Batch]:
+    """Batches of about 1,024 tokens."""
+    if base == "minilm":
+        return real_batches()
+    ids = torch.randint(1, VOCABULARY, (8, 128), generator=torch.Generator().manual_seed(0))
+    return [{"input_ids": ids, "labels": ids}]
+
+
+def loss_of(model: nn.Module, batch: Batch) -> torch.Tensor:
+    """The loss, under the autocast of all variants."""
+    with autocast("bf16", torch.device("cpu")):
+        loss: torch.Tensor = model(**batch).loss
+    return loss
+
+
+def check_same_work(models: Mapping[str, nn.Module], batch: Batch) -> None:
+    """Ends the measurement where something else would be compared than what is claimed."""
+    trained = {name: sum(p.numel() for p in model.parameters() if p.requires_grad) for name, model in models.items()}
+    losses = {name: loss_of(model, batch).item() for name, model in models.items()}
+    print(f"parameters that train {trained}\nlosses {losses}", flush=True)
+    assert len(set(trained.values())) == 1, trained
+    assert abs(losses["QLoRA"] - losses["PEFT"]) < 0.01 * losses["PEFT"], losses
+
+
+def compared(times: Mapping[str, list[float]], of: str, to: str) -> str:
+    """The median of the ratios within a round and its quartiles."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(times[of], times[to], strict=True)], n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+def rows(times: Mapping[str, list[float]], base: str) -> Rows:
+    """Medians, and QLoRA's ratios."""
+    return [
+        {
+            "base": base,
+            **{f"{name}, ms": round(statistics.median(every)) for name, every in times.items()},
+            **{f"QLoRA of {name}": compared(times, "QLoRA", name) for name in times if name != "QLoRA"},
+        }
+    ]
+
+
+def steps(base: str, folder: Path, rounds: int) -> Rows:
+    """A step of each variant."""
+    batches = batches_of(base)
+    models = {name: ready(name, base, folder) for name in VARIANTS}
+    check_same_work(models, batches[0])
+    turns = {name: iter(batches * (2 * rounds + 2)) for name in VARIANTS}
+
+    def step(name: str) -> None:
+        loss_of(models[name], next(turns[name])).backward()
+        models[name].zero_grad()
+
+    return rows(interleaved({name: lambda name=name: step(name) for name in VARIANTS}, rounds), base)
+
+
+def loading(base: str, folder: Path, rounds: int) -> Rows:
+    """Loading the base from its folder: in bf16, quantised by us, and quantised by bitsandbytes."""
+    return rows(interleaved({name: lambda name=name: loaded(name, base, folder) for name in VARIANTS}, rounds), base)
+
+
+def memory(base: str, folder: Path) -> Rows:
+    """Peak memory of a fresh process for each variant, beside the bytes of its weights."""
+    found = {}
+    for name in VARIANTS:
+        words = [sys.executable, __file__, "--base", base, "--memory-of", name, "--folder", str(folder)]
+        done = subprocess.run(words, check=True, capture_output=True, text=True)
+        found[name] = json.loads(done.stdout.splitlines()[-1])
+    less = found["LoRA"]["held"] - found["QLoRA"]["held"]
+    return [
+        {
+            "base": base,
+            "variant": name,
+            "peak MB": round(one["peak"] / 1e6),
+            "after loading MB": round(one["after loading"] / 1e6),
+            "weights MB": round(one["held"] / 1e6),
+            "less than LoRA, of the bytes saved": f"{(found['LoRA']['peak'] - one['peak']) / less:.2f}",
+        }
+        for name, one in found.items()
+    ]
+
+
+def peak() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+def memory_of(variant: str, base: str, folder: Path) -> dict[str, int]:
+    """Bytes at the peak of loading, and of loading and five steps with AdamW."""
+    model = ready(variant, base, folder)
+    after_loading = peak()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    for batch in (batches_of(base) * 5)[:5]:
+        loss_of(model, batch).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    return {"peak": peak(), "after loading": after_loading, "held": sum(held.values())}
+
+
+def main() -> None:
+    """Measures and prints the tables, or in a process of its own the memory of one variant."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--base", nargs="+", choices=BASES, default=BASES)
+    options.add_argument("--layers", type=int, default=30, help="of the decoder; SmolLM2-135M has 30")
+    options.add_argument("--rounds", type=int, default=15, help="a multiple of 3 gives each variant each place")
+    options.add_argument("--without-kernel", action="store_true", help="decode as where bitsandbytes is missing")
+    options.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
+    options.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = options.parse_args()
+    if given.memory_of:
+        print(json.dumps(memory_of(given.memory_of, given.base[0], given.folder)))
+        return
+    if given.without_kernel:
+        kernel._library = lambda: None
+    print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, peft {peft.__version__}")
+    for base in given.base:
+        with tempfile.TemporaryDirectory() as place:
+            folder = write(base, given.layers, Path(place))
+            print("\nA step")
+            table(steps(base, folder, given.rounds))
+            if given.without_kernel:
+                continue
+            print("\nMemory of a fresh process")
+            table(memory(base, folder))
+            print("\nLoading")
+            table(loading(base, folder, 3))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Learning to write: cross-entropy of the scored tokens alone, never with all logits at once.
+
+The logits of a batch are its largest tensor: tokens × vocabulary, several times over in the loss and its gradient. The
+model is stopped where its output layer would begin. Of what would enter there only the rows of scored tokens go on, a
+few at a time: the logits of these, their loss and its gradient exist together and are gone before the next ones come.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from deltatune.data.batches import Batch, by_length, collate_sequences
+from deltatune.data.dialogues import Dialogues
+from deltatune.data.encode import encode, prompts, references
+from deltatune.data.sequences import UNSCORED, Sequences
+from deltatune.models.base import Base
+from deltatune.scoring import score_texts
+from deltatune.training.generation import Decoding, generate
+from deltatune.training.modes import evaluating
+from deltatune.training.precision import Computed, autocast
+from deltatune.training.task import Scores
+
+log = logging.getLogger("deltatune")
+
+_EVALUATED = 4096
+"""Tokens in a batch that is only scored."""
+_CHUNK = 2**25
+"""Bytes of the float32 logits that exist at once."""
+
+
+class LanguageModelling:
+    """A decoder or encoder–decoder and the texts that it learns to write."""
+
+    def __init__(self, base: Base, precision: Computed) -> None:
+        self.model = base.model
+        self._tokenizer = base.tokenizer
+        self._precision = precision
+        self._pad = base.model.config.pad_token_id
+        self._both = bool(base.model.config.is_encoder_decoder)
+        self._chunked: bool | None = None
+        """Whether the output layer alone makes the logits; None until it was tried."""
+
+    def encode(self, split: Dialogues, limit: int) -> Sequences:
+        """The dialogues as token ids with their targets."""
+        return encode(split, self._tokenizer, limit=limit, encoder_decoder=self._both)
+
+    def collate(self, examples: Sequences, places: Sequence[int]) -> Batch:
+        """The examples at `places`, padded on the right."""
+        return collate_sequences(examples, places, self._pad)
+
+    def run(self, batch: Batch) -> Float[Tensor, "examples length vocabulary"]:
+        """All logits at once."""
+        with autocast(self._precision, self.model.device):
+            logits: Tensor = self.model(**self._inputs(batch)).logits
+        return logits
+
+    def backward(self, batch: Batch, units: int) -> float:
+        """Adds the gradients of the scored tokens' losses, summed and divided by `units`; gives that quotient."""
+        hidden, targets, _ = self._scored(batch)
+        total, gradients = 0.0, []
+        for rows, wanted in self._chunks(hidden, targets):
+            leaf = rows.detach().requires_grad_(hidden.requires_grad)
+            loss = F.cross_entropy(self._logits(leaf).float(), wanted, reduction="sum") / units
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+            gradients.append(leaf.grad)
+        if hidden.requires_grad:
+            hidden.backward(torch.cat([gradient for gradient in gradients if gradient is not None]))  # type: ignore[no-untyped-call]
+        return total
+
+    def evaluate(self, examples: Sequences) -> Scores:
+        """Loss and perplexity over the scored tokens of every example; of each example its mean loss."""
+        losses = torch.zeros(len(examples), dtype=torch.float64)
+        counts = torch.zeros(len(examples), dtype=torch.float64)
+        with evaluating(self.model):
+            for places in by_length(examples.lengths, _EVALUATED):
+                hidden, targets, rows = self._scored(self.collate(examples, places))
+                each = [
+                    F.cross_entropy(self._logits(part).float(), wanted, reduction="none")
+                    for part, wanted in self._chunks(hidden, targets)
+                ]
+                owners = torch.tensor(places)[rows.cpu()]
+                losses.index_add_(0, owners, torch.cat(each).double().cpu())
+                counts.index_add_(0, owners, torch.ones(len(owners), dtype=torch.float64))
+        loss = (losses.sum() / counts.sum()).item()
+        return Scores("loss", {"loss": loss, "perplexity": float(torch.tensor(loss).exp())}, (losses / counts).tolist())
+
+    def test(self, split: Dialogues, limit: int, decoding: Decoding) -> Scores:
+        """Loss and perplexity, and how near what the model writes comes to the references; ROUGE-L counts most.
+
+        A prompt that stands there several times is answered once, and all its answers are references.
+        """
+        plain = self.evaluate(self.encode(split, limit))
+        wanted: dict[tuple[int, ...], list[str]] = {}
+        asked = prompts(split, self._tokenizer, limit=limit, encoder_decoder=self._both)
+        for ids, reference in zip(asked, references(split), strict=True):
+            wanted.setdefault(tuple(ids), []).append(reference)
+        written = generate(self.model, self._tokenizer, [*map(list, wanted)], decoding, self._precision)
+        texts = score_texts(written, [*wanted.values()])
+        outputs = [
+            {"prompt": self._tokenizer.decode(ids), "references": known, "prediction": text}
+            for (ids, known), text in zip(wanted.items(), written, strict=True)
+        ]
+        return Scores("rougeL", {**texts.figures, **plain.figures}, texts.examples["rougeL"], outputs, texts.variants)
+
+    def _scored(
+        self, batch: Batch
+    ) -> tuple[Float[Tensor, "scored width"], Int[Tensor, " scored"], Int[Tensor, " scored"]]:
+        """What the logits of scored tokens are made from, these tokens, and the row of the batch that each is in."""
+        labels = batch.labels.to(self.model.device)
+        if self._chunked is None:
+            self._chunked = self._output_layer_alone(batch)
+        hidden = self._hidden(batch) if self._chunked else self.run(batch)
+        if not self._both:  # a decoder says each token after the one before it
+            hidden, labels = hidden[:, :-1], labels[:, 1:]
+        rows, places = (labels != UNSCORED).nonzero(as_tuple=True)
+        return hidden[rows, places], labels[rows, places], rows
+
+    def _logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
+        if not self._chunked:
+            return hidden  # the model has made them
+        with autocast(self._precision, self.model.device):
+            logits: Tensor = self.model.get_output_embeddings()(hidden)
+        return logits
+
+    def _chunks(
+        self, hidden: Float[Tensor, "scored width"], targets: Int[Tensor, " scored"]
+    ) -> Iterator[tuple[Float[Tensor, "rows width"], Int[Tensor, " rows"]]]:
+        size = max(16, _CHUNK // (4 * self.model.config.get_text_config().vocab_size))
+        return zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        inputs = {name: tensor.to(self.model.device) for name, tensor in batch.inputs.items()}
+        if self._both:
+            labels = batch.labels.to(self.model.device)
+            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
+        return inputs
+
+    def _hidden(self, batch: Batch) -> Float[Tensor, "examples length width"]:
+        """What enters the output layer: the model is stopped there."""
+
+        def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
+            raise _Reached(args[0])
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(stop)
+        try:
+            with autocast(self._precision, self.model.device):
+                self.model(**self._inputs(batch))
+        except _Reached as reached:
+            return reached.hidden
+        finally:
+            handle.remove()
+        raise AssertionError("a language model uses its output layer")
+
+    def _output_layer_alone(self, batch: Batch) -> bool:
+        """Whether the logits are the output layer's own, tried out on an example; some models cap or scale them."""
+        one = Batch(
+            {name: tensor[:1] for name, tensor in batch.inputs.items()}, batch.labels[:1], batch.indices[:1], 0, 0
+        )
+        with evaluating(self.model):
+            whole = self.run(one)
+            self._chunked = True
+            same = torch.equal(whole, self._logits(self._hidden(one)))
+        if not same:
+            log.warning("%s changes its logits after the output layer: they are all kept", type(self.model).__name__)
+        return same
+
+
+class _Reached(Exception):  # noqa: N818  # it is no error
+    """The model has come to its output layer."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden

@@ -1,0 +1,93 @@
+"""A comparison of language models from end to end: a tiny decoder learns to answer, from a table."""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from command import Outcome, deltatune
+from tiny import save_tiny_language_model
+
+PAIRS = {"good": "bright", "bad": "grey", "warm": "moving", "cold": "dull"}
+
+
+@dataclass(frozen=True)
+class Story:
+    """A comparison of a decoder as it is with a trained one."""
+
+    folder: Path
+    done: Outcome
+
+    def cell(self, label: str) -> Path:
+        [folder] = (self.folder / "cells").glob(f"{label}-seed*")
+        return folder
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
+    place = tmp_path_factory.mktemp("place")
+    save_tiny_language_model(place / "base", "llama")
+    rows = [
+        {"prompt": f"the {thing} is {word}", "completion": f"{answer} {thing}"}
+        for thing in ("film", "story", "plot", "cast")
+        for word, answer in PAIRS.items()
+    ]
+    for split, count in (("train", 16), ("validation", 8), ("test", 8)):
+        lines = [json.dumps(row) for row in rows[:count]]
+        (place / f"{split}.jsonl").write_text("\n".join(lines) + "\n")
+    experiment = {
+        "base": str(place / "base"),
+        "data": str(place),
+        "methods": [
+            "head",
+            {"method": "lora", "label": "lora", "learning_rate": 1e-2},
+            {"method": "full", "label": "full", "learning_rate": 5e-3},
+        ],
+        "training": {"epochs": 30, "batch_tokens": 64, "evaluations": 1},
+        "decoding": {"max_new_tokens": 4},
+    }
+    (place / "experiment.yaml").write_text(yaml.safe_dump(experiment))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        done = deltatune("compare", place / "experiment.yaml", "--out", place / "run")
+    return Story(place / "run", done)
+
+
+def result(story: Story, label: str) -> dict:
+    return json.loads((story.cell(label) / "result.json").read_text())
+
+
+def test_training_teaches_to_write_what_is_asked_for(story: Story) -> None:
+    assert story.done.code == 0, story.done.err
+    before, after = result(story, "head"), result(story, "lora")
+    assert before["test"]["rougeL"] < 0.3
+    assert after["test"]["rougeL"] > 0.9
+    assert after["test"]["loss"] < before["test"]["loss"]
+    said = [json.loads(line) for line in (story.cell("lora") / "predictions.jsonl").read_text().splitlines()]
+    assert sum(line["prediction"] == line["references"][0] for line in said) >= 7
+
+
+def test_without_training_nothing_changes_and_training_shows_in_the_loss_on_plain_text(story: Story) -> None:
+    untouched, trained = result(story, "head"), result(story, "full")
+    assert (untouched["steps"], untouched["trainable"]) == (0, 0)
+    assert untouched["plain_text"][0] == untouched["plain_text"][1]
+    assert trained["plain_text"][0] == pytest.approx(untouched["plain_text"][0], rel=0.01), "fp32 masters, not bf16"
+    assert trained["plain_text"][1] != trained["plain_text"][0]
+
+
+def test_tables_and_report_show_the_figures_of_writing(story: Story) -> None:
+    with (story.folder / "results.csv").open(encoding="utf-8", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert {"rougeL", "rougeL_low_95", "bleu", "perplexity", "test_loss", "plain_text_loss"} <= set(lines[0])
+    report = (story.folder / "report.html").read_text()
+    assert "ROUGE-L" in report
+    assert "Forgotten" in report
+    assert "ROUGE-L" in story.done.out
+
+
+def test_evaluate_repeats_the_loss_of_the_run(story: Story) -> None:
+    scores = json.loads(deltatune("evaluate", story.cell("lora"), "--json").out)
+    assert scores["loss"] == result(story, "lora")["test"]["loss"]
