@@ -77,9 +77,11 @@ def score(ready: Ready, name: str, split: str, text: tuple[str, ...] = (), label
     trained_on = ready.saved.about.get("data", {})
     if not (name or trained_on):
         raise UserError("this adapter does not say what it was trained on", "name the data with --data")
+    words: dict[str, Any] = {}
     if not name or trained_on.get("name") in (name, str(Path(name).resolve())):
         text, label = text or tuple(trained_on["text"]), label or trained_on["label"]
-    data = load_data(name or trained_on["name"], text=text, label=label)
+        words = {key: trained_on[key] for key in ("task", "system", "template") if trained_on.get(key)}
+    data = load_data(name or trained_on["name"], text=text, label=label, **words)
     check_task(ready.base, data)
     if not name:
         if data.revision != trained_on["revision"]:
