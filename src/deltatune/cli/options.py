@@ -6,7 +6,9 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-Base = Annotated[str, typer.Option(help="Base model: minilm, a local folder, or a hub id with an optional @revision.")]
+Base = Annotated[
+    str, typer.Option(help="Base model: minilm, smollm2, a local folder, or a hub id with an optional @revision.")
+]
 Data = Annotated[
     str, typer.Option(help="Data: rotten-tomatoes, docstrings, a CSV, TSV, JSONL, JSON or Parquet file, or a hub id.")
 ]
@@ -35,11 +37,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 AdapterFolder = Annotated[Path, typer.Argument(help="Folder that `tune` or `compare` wrote, or that PEFT wrote.")]
 
 
-def data_choice(
-    name: str, text: list[str] | None, label: str, train: int | None, validation: int | None, test: int | None
-) -> dict[str, Any]:
+def data_choice(**given: Any) -> dict[str, Any]:
     """The `data` part of an experiment as flags give it; what was not given is left out."""
-    given = {"name": name, "text": text, "label": label, "train": train, "validation": validation, "test": test}
     return {key: value for key, value in given.items() if value not in (None, "", [])}
 
 
@@ -51,6 +50,13 @@ def training(
 
     named = {"epochs": epochs, "learning_rate": learning_rate, "precision": precision}
     return {key: value for key, value in named.items() if value is not None} | dict(map(parse_option, settings or []))
+
+
+def decoding(settings: list[str] | None) -> dict[str, Any]:
+    """The `decoding` part of an experiment as flags give it."""
+    from deltatune.methods import parse_option
+
+    return dict(map(parse_option, settings or []))
 
 
 def table_console() -> Console:

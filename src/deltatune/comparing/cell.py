@@ -27,6 +27,7 @@ from deltatune.models.attach import trainable_parameters
 from deltatune.models.base import find_base, load
 from deltatune.models.count import count
 from deltatune.models.quantise import total_parameters
+from deltatune.training.asking import asking
 from deltatune.training.events import Event, EventFile, Listener, Step
 from deltatune.training.memory import peak, resident
 from deltatune.training.plain_text import plain_text_loss
@@ -128,7 +129,11 @@ def _save(tuned: Tuned, data: TextData | DialogueData, cell: Cell, folder: Path)
         max_length=tuned.max_length,
         seed=cell.seed,
         task=data.task,
-        pairs=isinstance(data, TextData) and data.train.pairs is not None,
+        **(
+            {"pairs": data.train.pairs is not None}
+            if isinstance(data, TextData)
+            else {"asking": asking(data), "decoding": cell.decoding.model_dump(mode="json")}
+        ),
     )
 
 
