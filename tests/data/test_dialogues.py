@@ -139,6 +139,16 @@ def test_sharegpt_has_other_names_for_the_same(load):
     ]
 
 
+def test_a_chat_may_stand_in_columns_of_its_own(tmp_path):
+    from datasets import Dataset, Features, Sequence, Value
+
+    features = Features({"conversation": Sequence({"from": Value("string"), "value": Value("string")})})
+    rows = [{"conversation": {"from": ["human", "gpt"], "value": [f"Hi {i}?", "Yes."]}} for i in range(ROWS)]
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "chats.parquet")
+    data = load_data(str(tmp_path / "chats.parquet"))
+    assert first(data) == [("user", "Hi 0?", False), ("assistant", "Yes.", True)]
+
+
 def test_plain_text_alone_is_learnt_whole(load):
     data = load({"text": lambda i: numbered("all")(i) if i > 1 else ["all 0", "  "][i]})
     assert (data.text, data.label, data.incomplete) == (("text",), "", 1)

@@ -15,11 +15,11 @@ EXAMPLES = """
 
     deltatune data show rotten-tomatoes
 
-    deltatune data show docstrings --base ./my-chat-model --count 1
+    deltatune data show docstrings --base smollm2 --count 1
 
     deltatune data show articles.csv --template "Summarise: {article}" --label summary --base ./my-t5
 
-    deltatune data show chats.jsonl --base ./my-chat-model --split test --json
+    deltatune data show chats.jsonl --base smollm2 --split test --json
 """
 
 app = typer.Typer(help="Look at data as training would see it.", no_args_is_help=True, rich_markup_mode="markdown")
