@@ -79,7 +79,7 @@ def configured(**values):
 UNFIT_BASES = {
     "no config.json": (without("config.json"), "it has no config.json", "save_pretrained"),
     "weights in pickle alone": (unsafe, "no weights in safetensors (found: pytorch_model.bin)", "can run code"),
-    "an architecture without a classifier": (configured(model_type="clip"), "clip models have no", "BERT"),
+    "an architecture without a classifier": (configured(model_type="clip"), "it is a model of type clip", "BERT"),
 }
 
 
