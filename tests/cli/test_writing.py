@@ -70,6 +70,22 @@ def test_a_line_becomes_the_prompt_that_it_was_in_training(writer, form, tmp_pat
     assert predicted(tmp_path / "adapter", told) == [{**row, "id": 7} for row in said]
 
 
+def test_what_tune_saved_answers_as_on_its_test_rows(tmp_path):
+    base = save_tiny_language_model(tmp_path / "base", "gpt2", tied=False)
+    data_of(tmp_path, "prompts")
+    settings = ("--epochs", 1, "--training", "batch_tokens=128", "--training", "evaluations=1", "--precision", "fp32")
+    tuned = deltatune("tune", "--base", base, "--data", tmp_path / "data.csv", *settings, "--out", tmp_path / "run")
+    assert tuned.code == 0, tuned.err
+    tested = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert tested
+    lines = [json.dumps({"text": row["prompt"]}) for row in tested]
+    done = deltatune("predict", tmp_path / "run" / "adapter", stdin="\n".join(lines))
+    assert done.code == 0, done.err
+    assert [json.loads(line)["prediction"] for line in done.out.splitlines()] == [
+        row["prediction"].strip() for row in tested
+    ]
+
+
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory):
     """An adapter that does not say how it was asked, on a base with a chat template."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import deltatune
 from conformance.cases import SELECTIONS, bits, shaken
@@ -22,7 +22,7 @@ from deltatune.models.count import count
 from deltatune.models.roles import linear_roles
 from deltatune.training.checkpointing import checkpointing
 from deltatune.training.precision import autocast, prepare
-from tiny import ARCHITECTURES, save_tiny, tiny_config, tiny_inputs, tiny_model
+from tiny import ARCHITECTURES, save_tiny, tiny_inputs, tiny_language_model, tiny_model
 
 TWO_STACKS = ("t5",)
 NO_BIASES = ("llama", "t5")
@@ -169,9 +169,7 @@ def test_a_norm_trains_over_a_base_in_16_bits(architecture: str, method: Selecti
 
 def decoder() -> PreTrainedModel:
     """A tiny GPT-2 whose output layer is its embedding."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(tiny_config("gpt2")).eval()
+    return tiny_language_model("gpt2")
 
 
 @pytest.mark.parametrize("name", ["wte", "lm_head", "embeddings"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, DynamicCache, PreTrainedModel
+from transformers import AutoModel, DynamicCache, PreTrainedModel
 
 import deltatune
 from conformance.cases import PROMPTS, bits, shaken
@@ -21,7 +21,7 @@ from deltatune.models.attach import attachment, find_head, trainable_parameters
 from deltatune.models.base import find_base
 from deltatune.models.count import count
 from deltatune.models.fingerprint import fingerprint
-from tiny import ARCHITECTURES, DECODERS, save_tiny, tiny_config, tiny_inputs, tiny_model
+from tiny import ARCHITECTURES, DECODERS, save_tiny, tiny_config, tiny_inputs, tiny_language_model, tiny_model
 
 PLAIN = {name: method for name, method in PROMPTS.items() if "," not in name}
 AT_INPUT = {name: method for name, method in PROMPTS.items() if method.place == "input"}
@@ -44,11 +44,11 @@ def on_models(methods: dict[str, SoftPrompt], architectures: tuple[str, ...]) ->
 
 def bare_model(architecture: str) -> PreTrainedModel:
     """A tiny language model; of an encoder the base model, without any head."""
-    kind = AutoModelForSeq2SeqLM if architecture == "t5" else AutoModelForCausalLM
-    kind = AutoModel if architecture in ENCODERS else kind
+    if architecture not in ENCODERS:
+        return tiny_language_model(architecture)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return kind.from_config(tiny_config(architecture)).eval()
+        return AutoModel.from_config(tiny_config(architecture)).eval()
 
 
 def trained(

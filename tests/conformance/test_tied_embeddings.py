@@ -5,12 +5,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 import deltatune
 from conformance.cases import DELTAS, shaken
 from deltatune.methods import WeightDelta
-from tiny import tiny_config, tiny_inputs
+from tiny import tiny_inputs, tiny_language_model
 
 PLAIN = {name: method for name, method in DELTAS.items() if "," not in name}
 every_delta = pytest.mark.parametrize("method", PLAIN.values(), ids=PLAIN.keys())
@@ -18,10 +18,7 @@ every_delta = pytest.mark.parametrize("method", PLAIN.values(), ids=PLAIN.keys()
 
 def decoder() -> PreTrainedModel:
     """A tiny Qwen-style language model with tied embeddings and two query heads to a key head."""
-    config = tiny_config("qwen2", tie_word_embeddings=True)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).eval()
+    return tiny_language_model("qwen2")
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:

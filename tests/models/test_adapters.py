@@ -13,7 +13,7 @@ from deltatune import LoRA
 from deltatune.errors import UserError
 from deltatune.models.adapters import ABOUT, CONFIG, TENSORS
 from peer import peft_adapter
-from tiny import tiny_inputs, tiny_model
+from tiny import tiny_inputs, tiny_language_model, tiny_model
 
 
 def lora_of_peft(folder: Path, architecture: str, **options) -> torch.Tensor:
@@ -119,3 +119,10 @@ def test_tensors_in_other_formats_are_not_read(tmp_path: Path) -> None:
     (tmp_path / TENSORS).rename(tmp_path / "adapter_model.bin")
     with pytest.raises(UserError, match="missing"):
         deltatune.load_adapter(tiny_model("bert"), tmp_path)
+
+
+@pytest.mark.parametrize(("architecture", "use"), [("llama", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM")])
+def test_the_file_of_a_language_models_adapter_says_what_it_is_for(architecture: str, use: str, tmp_path: Path) -> None:
+    model = deltatune.attach(tiny_language_model(architecture), deltatune.LoRA(rank=2))
+    deltatune.save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG).read_text())["task_type"] == use

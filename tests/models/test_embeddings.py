@@ -5,7 +5,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import deltatune
 from conformance.cases import bits, shaken
@@ -13,7 +13,7 @@ from deltatune import LoRA
 from deltatune.errors import UserError
 from deltatune.models.adapters import CONFIG
 from deltatune.models.attach import adapted_layers
-from tiny import VOCABULARY, tiny_inputs, tiny_model
+from tiny import tiny_inputs, tiny_language_model, tiny_model
 
 EVERYTHING = LoRA(rank=3, alpha=4.0, targets=("all-linear", "embeddings"))
 pytestmark = [  # PEFT says so when it saves an embedding whole, and when one of a tied pair is adapted
@@ -28,27 +28,6 @@ on_both = pytest.mark.parametrize("architecture", ["qwen2", "gpt2"])
 def logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         return model(**tiny_inputs()).logits
-
-
-def causal(architecture: str, tied: bool = True) -> PreTrainedModel:
-    """A tiny language model whose output layer is its embedding."""
-    sizes = {
-        "qwen2": {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 64,
-            "num_key_value_heads": 2,
-        },
-        "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4},
-    }
-    config = AutoConfig.for_model(
-        architecture, vocab_size=VOCABULARY, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        initializer_range=0.3, **sizes[architecture],
-    )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config).eval()
 
 
 def is_tied(model: PreTrainedModel) -> bool:
@@ -126,32 +105,32 @@ def test_several_adapters_may_stand_over_one_embedding() -> None:
 
 @on_both
 def test_merging_an_embedding_that_is_tied_to_the_output_is_refused_by_name(architecture: str) -> None:
-    model = shaken(deltatune.attach(causal(architecture), EVERYTHING, head=()))
+    model = shaken(deltatune.attach(tiny_language_model(architecture), EVERYTHING, head=()))
     before, weights = logits(model), bits(model)
     with pytest.raises(UserError, match="lm_head") as caught:
         deltatune.merge(model)
     assert "tied" in caught.value.message
     assert torch.equal(logits(model), before)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-    deltatune.merge(shaken(deltatune.attach(causal(architecture, tied=False), EVERYTHING, head=())))
+    deltatune.merge(shaken(deltatune.attach(tiny_language_model(architecture, tied=False), EVERYTHING, head=())))
 
 
 @on_both
 def test_a_tied_model_keeps_its_tie(architecture: str, tmp_path: Path) -> None:
     linear = LoRA(rank=2)
     for method in (linear, EVERYTHING):
-        model = shaken(deltatune.attach(causal(architecture), method, head=()))
+        model = shaken(deltatune.attach(tiny_language_model(architecture), method, head=()))
         assert is_tied(model)
         model.tie_weights()  # Transformers' own, which it calls where it pleases
         assert is_tied(model)
         deltatune.save_adapter(model, tmp_path / "adapter")
-        loaded = deltatune.load_adapter(causal(architecture), tmp_path / "adapter")
+        loaded = deltatune.load_adapter(tiny_language_model(architecture), tmp_path / "adapter")
         assert is_tied(loaded)
         assert torch.equal(logits(loaded), logits(model))
-        theirs = peft.PeftModel.from_pretrained(causal(architecture), tmp_path / "adapter").eval()
+        theirs = peft.PeftModel.from_pretrained(tiny_language_model(architecture), tmp_path / "adapter").eval()
         torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=1e-5)
         assert is_tied(deltatune.detach(loaded))
-    model = shaken(deltatune.attach(causal(architecture), linear, head=()))
+    model = shaken(deltatune.attach(tiny_language_model(architecture), linear, head=()))
     output, weights = logits(model), bits(model)
     deltatune.merge(model)
     assert is_tied(model)
@@ -168,5 +147,5 @@ def test_a_tied_model_keeps_its_tie(architecture: str, tmp_path: Path) -> None:
 
 @on_both
 def test_the_config_says_which_layers_are_stored_the_other_way_round(architecture: str, tmp_path: Path) -> None:
-    deltatune.save_adapter(deltatune.attach(causal(architecture), EVERYTHING, head=()), tmp_path)
+    deltatune.save_adapter(deltatune.attach(tiny_language_model(architecture), EVERYTHING, head=()), tmp_path)
     assert ('"fan_in_fan_out": true' in (tmp_path / CONFIG).read_text()) == (architecture == "gpt2")

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tiny import VOCABULARY, tokenizer
 
 MEASURE = """
-import json, sys, threading, time
+import ctypes, gc, json, sys, threading, time
 from pathlib import Path
 import deltatune
 
@@ -28,6 +28,8 @@ def watch():
 
 def measured(storage):
     global most, done
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or what was freed before is used again, and does not show
     most, done, before = 0, False, anonymous()
     thread = threading.Thread(target=watch)
     thread.start()

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from deltatune.errors import UserError
 from deltatune.files import new_folder, read_json, sha256, write_json
@@ -340,7 +341,7 @@ def _on_saved_layers(saved: SavedAdapter) -> Method:
 def _peft_config(model: nn.Module, done: Attachment, base: str, revision: str) -> dict[str, Any]:
     config = {
         "peft_type": done.method.peft_type,
-        "task_type": "SEQ_CLS" if done.head else None,
+        "task_type": _task_type(model, done),
         "auto_mapping": None,
         "base_model_name_or_path": base or None,
         "revision": revision if re.fullmatch("[0-9a-f]{40}", revision) else None,  # PEFT asks the hub for it
@@ -350,3 +351,10 @@ def _peft_config(model: nn.Module, done: Attachment, base: str, revision: str) -
     if not isinstance(done.method, Mixed):  # PEFT has no words for several; they are in deltatune.json
         config |= done.parts[0].to_peft(model)
     return dict(sorted(config.items()))
+
+
+def _task_type(model: nn.Module, done: Attachment) -> str | None:
+    """What PEFT calls the use of the model: it knows how to write with one that has such a type."""
+    if isinstance(model, PreTrainedModel) and model.can_generate():
+        return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    return "SEQ_CLS" if done.head else None

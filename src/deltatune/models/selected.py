@@ -54,9 +54,17 @@ class Selected(Part):
 
 
 def put_selection(model: nn.Module, method: Selection, head: tuple[str, ...]) -> Selected:
-    """Finds what `method` selects of the model's base, outside of `head`."""
+    """Finds what `method` selects of the model's base, outside of `head`.
+
+    Raises `UserError` for stored codes, which cannot train, and where nothing at all would.
+    """
     described, codes = _described(model, head)
     chosen = set(method.select([*described, *codes]))
+    if not (chosen or head):
+        raise UserError(
+            f"{method.name} trains nothing of this model: it has no head beside the base",
+            "a language model's output layer is a part of it; use another method, such as lora",
+        )
     for seen in filter(chosen.__contains__, codes):
         raise UserError(
             f"{method.name} trains {seen.names[0]}, which is stored as {codes[seen].storage} and stays as it is",

@@ -6,12 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from deltatune.data.dialogues import Dialogue, DialogueData, Dialogues, Turn
-from deltatune.data.encode import prompts
 from deltatune.data.forms import template_parts
-from deltatune.data.tokens import length_limit
 from deltatune.data.turns import ROLES
 from deltatune.errors import UserError, unknown
-from deltatune.training.generation import Decoding, generate, read_decoding, virtual_tokens
+from deltatune.training.generation import Decoding, generate, prompts_before_answers, read_decoding
 from deltatune.training.saved import Ready, predict, read_texts
 
 _SAMPLE = 100
@@ -67,10 +65,8 @@ def answer(ready: Ready, lines: Sequence[tuple[str, str]], decoding: Decoding) -
         Dialogue((*_turns(fields, where, how), Turn("assistant" if how.chat else "text", "…", scored=True)))
         for fields, (where, _) in zip(given, lines, strict=True)
     ]
-    model, tokenizer, new = ready.base.model, ready.base.tokenizer, decoding.max_new_tokens
-    limit = length_limit(tokenizer, model.config, ready.max_length + new, virtual_tokens(model))
-    room, both = min(new, limit // 2), bool(model.config.is_encoder_decoder)
-    asked = prompts(Dialogues(examples), tokenizer, limit=limit, encoder_decoder=both, room=room)
+    model, tokenizer = ready.base.model, ready.base.tokenizer
+    asked = prompts_before_answers(model, tokenizer, Dialogues(examples), ready.max_length, decoding)
     written = generate(model, tokenizer, asked, decoding, ready.precision)
     for fields, text in zip(given, written, strict=True):
         yield {**fields, "prediction": text.strip()}

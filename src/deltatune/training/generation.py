@@ -5,7 +5,7 @@ encoder on the right. The masks say what is padding, so what is written does not
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +16,10 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from deltatune.data.batches import in_order
+from deltatune.data.dialogues import Dialogues, Turn
+from deltatune.data.encode import prompts as encoded_prompts
+from deltatune.data.templates import pieces
+from deltatune.data.tokens import length_limit
 from deltatune.errors import UserError, unknown
 from deltatune.models.attach import attachment
 from deltatune.models.base import quiet
@@ -146,6 +150,18 @@ def stream(
     return _text(tokenizer, ids)
 
 
+def prompts_before_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: Dialogues, limit: int, decoding: Decoding
+) -> list[Ids]:
+    """What each example's last turn is written after: at most `limit` tokens, and fewer where positions are short.
+
+    See `deltatune.data.encode.prompts` for what is cut, and for the errors.
+    """
+    both, new = bool(model.config.is_encoder_decoder), decoding.max_new_tokens
+    whole = length_limit(tokenizer, model.config, limit + (0 if both else new), virtual_tokens(model))
+    return encoded_prompts(split, tokenizer, limit=whole, encoder_decoder=both, room=min(new, whole // 2))
+
+
 def virtual_tokens(model: PreTrainedModel) -> int:
     """How many positions the active adapter takes for tokens of its own."""
     found = attachment(model)
@@ -246,12 +262,12 @@ def _ends(own: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]
     eos = own.eos_token_id
     ends = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id}
     if tokenizer.chat_template:
-        mark = "deltatune"
-        said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-        after = str(tokenizer.apply_chat_template(said, tokenize=False)).rpartition(mark)[2]
-        special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        ids: Any = tokenizer(after, add_special_tokens=False)["input_ids"]
-        ends.add(next((id for id in ids if id in special), None))
+        said = (Turn("user", "?", scored=False), Turn("assistant", "…", scored=True))
+        with suppress(UserError):  # a template that fails is told where a chat is written with it
+            after = pieces(said, tokenizer)[-1].text.rpartition("…")[2]
+            ids: Any = tokenizer(after, add_special_tokens=False)["input_ids"]
+            special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+            ends.add(next((id for id in ids if id in special), None))
     return {end for end in ends if end is not None}
 
 

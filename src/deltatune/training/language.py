@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from deltatune.data.batches import Batch, by_length, collate_sequences
 from deltatune.data.dialogues import Dialogues
-from deltatune.data.encode import encode, prompts, references
+from deltatune.data.encode import encode, references
 from deltatune.data.sequences import UNSCORED, Sequences
 from deltatune.models.base import Base
 from deltatune.scoring import score_texts
-from deltatune.training.generation import Decoding, generate
+from deltatune.training.generation import Decoding, generate, prompts_before_answers
 from deltatune.training.modes import evaluating
 from deltatune.training.precision import Computed, autocast
 from deltatune.training.task import Scores
@@ -97,7 +97,7 @@ class LanguageModelling:
         """
         plain = self.evaluate(self.encode(split, limit))
         wanted: dict[tuple[int, ...], list[str]] = {}
-        asked = prompts(split, self._tokenizer, limit=limit, encoder_decoder=self._both)
+        asked = prompts_before_answers(self.model, self._tokenizer, split, limit, decoding)
         for ids, reference in zip(asked, references(split), strict=True):
             wanted.setdefault(tuple(ids), []).append(reference)
         written = generate(self.model, self._tokenizer, [*map(list, wanted)], decoding, self._precision)

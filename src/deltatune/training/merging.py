@@ -1,6 +1,7 @@
 """A saved adapter merged into its base for good: a folder of its own, in the storage one asks for."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ def merge_saved(
 
 
 def _refuse_difference(done: MergedModel, tolerance: float | None) -> None:
-    if not torch.isfinite(torch.tensor(done.difference)):
+    if not math.isfinite(done.difference):
         raise UserError("an output of the merged model is not finite", "keep the adapter beside its base")
     if tolerance is not None and not done.difference <= tolerance * done.largest:
         raise UserError(
