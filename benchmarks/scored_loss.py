@@ -1,10 +1,10 @@
-"""What the loss at scored positions in chunks spares: peak memory and time of a training step, against all logits at once.
+"""What the loss at scored positions in chunks spares: peak memory and time of a step, against all logits at once.
 
 python benchmarks/scored_loss.py [--base smollm2] [--examples 8] [--length 128] [--share 0.25] [--steps 5]
 
-LoRA on random tokens of which the last `--share` is scored, each variant in a process of its own: `chunked` is our loop's
-loss, `full` the loss that Transformers computes from all logits. Printed are each process's peak resident memory, the
-same less its memory before the first step, the median time of a step, and the loss, which is the same.
+LoRA on random tokens of which the last `--share` is scored, each variant in a process of its own: `chunked` is our
+loop's loss, `full` the loss that Transformers computes from all logits. Printed are each process's peak resident memory,
+the same less its memory before the first step, the median time of a step, and the loss, which is the same.
 """
 
 import argparse
