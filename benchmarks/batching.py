@@ -1,4 +1,4 @@
-"""What batches of texts cost: padded at random, padded after grouping by length, and packed into one row without padding.
+"""What batches of texts cost: padded at random, padded after grouping by length, and packed into one row.
 
 python benchmarks/batching.py [--base smollm2] [--data docstrings] [--layers 6] [--rounds 15] [--tokens 1024]
 
@@ -102,7 +102,9 @@ def main() -> None:
     order = np.random.default_rng(0).permutation(len(lengths)).tolist()
     mixed = [order[start : start + size] for start in range(0, len(order), size)]
     kinds = ("grouped", "packed, masked", "packed, apart")
-    apart_by = {kind: max(abs(run(kind, places)[1] - run("grouped", places)[1]) for places in grouped[:3]) for kind in kinds}
+    apart_by = {
+        kind: max(abs(run(kind, places)[1] - run("grouped", places)[1]) for places in grouped[:3]) for kind in kinds
+    }
 
     task = LanguageModelling(base, resolve("auto"))
     prepare(base.model, resolve("auto"))

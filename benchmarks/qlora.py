@@ -6,7 +6,8 @@ Bases are `minilm`, a classifier on real batches of 1,024 tokens, and a language
 with random weights on 8 × 128 tokens. Each trains r = 8 on all its linear layers without dropout, over nf4 with double
 quantisation, and is given the same attention and autocast; steps are forward and backward passes, interleaved in one
 process. That it is the same work is checked: as many parameters train, and the losses agree. Memory is the peak of a
-fresh process (VmHWM) for each that loads the base and trains a few steps. Loading is from a file in bf16, interleaved.
+fresh process (VmHWM) that runs `deltatune tune` on a few batches of the reviews; loading is from a file in bf16,
+interleaved. For both the random model gets a classifier's head.
 """
 
 import argparse
@@ -41,15 +42,18 @@ from deltatune.weights import kernel
 
 BASES = ("decoder", "minilm")
 VARIANTS = ("LoRA", "QLoRA", "PEFT")
+LABELS = ("rotten", "fresh")
 VOCABULARY = 49152
 Rows = list[dict[str, object]]
 
 
 def write(base: str, layers: int, folder: Path) -> Path:
-    """Writes a base to a folder, in bf16."""
+    """Writes a base to a folder, in bf16, with a tokenizer."""
     torch.manual_seed(0)
+    embedded = deltatune.load("minilm", labels=LABELS)
+    embedded.tokenizer.save_pretrained(folder)
     if base == "minilm":
-        model = deltatune.load("minilm", labels=("rotten", "fresh")).model
+        model = embedded.model
     else:
         config = LlamaConfig(
             hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
@@ -72,6 +76,7 @@ def loaded(variant: str, base: str, folder: Path) -> PreTrainedModel:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=["classifier", "lm_head"],  # it means 4 bits, too
         )
     with quiet():
         return auto.from_pretrained(folder, dtype=torch.bfloat16, **options)
@@ -149,63 +154,48 @@ def steps(base: str, folder: Path, rounds: int) -> Rows:
 
 
 def loading(base: str, folder: Path, rounds: int) -> Rows:
-    """Loading the base from its folder: in bf16, quantised by us, and quantised by bitsandbytes."""
-    return rows(interleaved({name: lambda name=name: loaded(name, base, folder) for name in VARIANTS}, rounds), base)
+    """Loading the base from its folder as runs do it, as it is and quantised; and with bitsandbytes, for PEFT."""
+    runs = {
+        "LoRA": lambda: deltatune.load(str(folder), labels=LABELS),
+        "QLoRA": lambda: deltatune.load(str(folder), labels=LABELS, storage="nf4"),
+        "PEFT": lambda: loaded("PEFT", base, folder),
+    }
+    return rows(interleaved(runs, rounds), base)
 
 
 def memory(base: str, folder: Path) -> Rows:
-    """Peak memory of a fresh process for each variant, beside the bytes of its weights."""
-    found = {}
-    for name in VARIANTS:
-        words = [sys.executable, __file__, "--base", base, "--memory-of", name, "--folder", str(folder)]
-        done = subprocess.run(words, check=True, capture_output=True, text=True)
-        found[name] = json.loads(done.stdout.splitlines()[-1])
-    less = found["LoRA"]["held"] - found["QLoRA"]["held"]
+    """Peak memory of `deltatune tune` in bf16 over the base as it is and in nf4, beside the bytes of its weights."""
+    found = []
+    for name, storage in (("LoRA", ""), ("QLoRA", "nf4")):
+        with tempfile.TemporaryDirectory() as place:
+            words = ["tune", "--base", folder, "--storage", storage, "--precision", "bf16", "--out", f"{place}/out"]
+            limits = ["--train", 200, "--validation", 10, "--test", 10, "--epochs", 1]
+            command = [sys.executable, "-c", "from deltatune.cli.main import main; main()", *words, *limits, "--json"]
+            done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
+        model = deltatune.load(str(folder), labels=LABELS, dtype=torch.bfloat16, storage=storage).model
+        held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        found.append((name, json.loads(done.stdout)["peak_bytes"], held))
+    [(_, most, whole), (_, less, packed)] = found
     return [
         {
             "base": base,
-            "variant": name,
-            "peak MB": round(one["peak"] / 1e6),
-            "after loading MB": round(one["after loading"] / 1e6),
-            "weights MB": round(one["held"] / 1e6),
-            "less than LoRA, of the bytes saved": f"{(found['LoRA']['peak'] - one['peak']) / less:.2f}",
+            "run": name,
+            "peak MB": round(peak / 1e6),
+            "weights MB": round(held / 1e6),
+            "less, of the bytes saved": f"{(most - less) / (whole - packed):.2f}",
         }
-        for name, one in found.items()
+        for name, peak, held in found
     ]
 
 
-def peak() -> int:
-    """The largest resident memory of this process so far, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-
-
-def memory_of(variant: str, base: str, folder: Path) -> dict[str, int]:
-    """Bytes at the peak of loading, and of loading and five steps with AdamW."""
-    model = ready(variant, base, folder)
-    after_loading = peak()
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    for batch in (batches_of(base) * 5)[:5]:
-        loss_of(model, batch).backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    held = {tensor.data_ptr(): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    return {"peak": peak(), "after loading": after_loading, "held": sum(held.values())}
-
-
 def main() -> None:
-    """Measures and prints the tables, or in a process of its own the memory of one variant."""
+    """Measures and prints the tables."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--base", nargs="+", choices=BASES, default=BASES)
     options.add_argument("--layers", type=int, default=30, help="of the decoder; SmolLM2-135M has 30")
     options.add_argument("--rounds", type=int, default=15, help="a multiple of 3 gives each variant each place")
     options.add_argument("--without-kernel", action="store_true", help="decode as where bitsandbytes is missing")
-    options.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
-    options.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given = options.parse_args()
-    if given.memory_of:
-        print(json.dumps(memory_of(given.memory_of, given.base[0], given.folder)))
-        return
     if given.without_kernel:
         kernel._library = lambda: None
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, peft {peft.__version__}")

@@ -52,6 +52,17 @@ def test_the_table_of_methods_has_them_all_with_their_counts() -> None:
         assert count(find_base("minilm"), method, labels=("no", "yes")).trainable == written
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "experiments").glob("*.yaml")), ids=lambda file: file.name)
+EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+OF_TRAINED_ADAPTERS = "adapterfusion.yaml"
+
+
+@pytest.mark.parametrize(
+    "file", [file for file in EXPERIMENTS if file.name != OF_TRAINED_ADAPTERS], ids=lambda f: f.name
+)
 def test_every_experiment_file_is_valid(file: Path) -> None:
     assert deltatune.read_experiment(file, {}).cells()
+
+
+def test_the_experiment_over_trained_adapters_asks_for_them() -> None:
+    with pytest.raises(deltatune.UserError, match="runs/fusion/first holds no adapter"):
+        deltatune.read_experiment(ROOT / "experiments" / OF_TRAINED_ADAPTERS, {})

@@ -79,7 +79,7 @@ def configured(**values):
 UNFIT_BASES = {
     "no config.json": (without("config.json"), "it has no config.json", "save_pretrained"),
     "weights in pickle alone": (unsafe, "no weights in safetensors (found: pytorch_model.bin)", "can run code"),
-    "an architecture without a classifier": (configured(model_type="clip"), "clip models have no", "BERT"),
+    "an architecture without a classifier": (configured(model_type="clip"), "it is a model of type clip", "BERT"),
 }
 
 
@@ -89,16 +89,41 @@ def test_an_unfit_base_is_refused_before_any_cell_runs(refused, base, tmp_path, 
     refused("--base", tmp_path / "base", error=error, hint=hint)
 
 
-def test_weights_that_are_not_finite_are_refused_by_name(base, data, tmp_path):
+@pytest.mark.parametrize(("storage", "said"), [("", "is damaged: {} has"), ("nf4", "{}: it has")])
+def test_weights_that_are_not_finite_are_refused_by_name(base, data, tmp_path, storage, said):
     file = shutil.copytree(base, tmp_path / "base") / "model.safetensors"
     weights = load_file(file)
     name = next(name for name in weights if name.endswith("query.weight"))
     weights[name][0, 0] = float("nan")
     save_file(weights, file, metadata={"format": "pt"})
-    done = deltatune("tune", "--base", tmp_path / "base", "--data", data, "--out", tmp_path / "out")
+    words = ("--base", tmp_path / "base", "--data", data, "--storage", storage, "--out", tmp_path / "out")
+    done = deltatune("tune", *words)
     assert done.err.startswith("error: ")
-    assert f"is damaged: {name} has values that are not finite" in done.err
+    assert f"{said.format(name)} values that are not finite" in done.err
     assert done.code == 1
+
+
+UNFIT_STORAGES = {
+    "a format that is none": ("nf5", "no storage named 'nf5'", "nf4"),
+    "a block of 0": ("nf4:block=0", "block must be a power of two from 16 to 4096, not 0", "64 is usual"),
+    "an unknown option": ("nf4:blck=64", "no nf4 option named 'blck'", "block"),
+    "an unknown target": ("{qurey: nf4}", "target 'qurey' matches no layer", "query"),
+    "half a mapping": ("{mlp: nf4", "is no mapping", "{mlp: nf4, attention: int8}"),
+}
+
+
+@pytest.mark.parametrize(("storage", "error", "hint"), UNFIT_STORAGES.values(), ids=UNFIT_STORAGES)
+def test_a_storage_that_cannot_be_is_refused(base, data, tmp_path, storage, error, hint):
+    done = deltatune("tune", "--base", base, "--data", data, "--storage", storage, "--out", tmp_path / "out")
+    assert_refused(done, error, hint)
+
+
+@pytest.mark.parametrize("storage", ["", "nf4"])
+def test_a_base_that_another_library_quantised_is_refused(base, data, tmp_path, storage):
+    folder = shutil.copytree(base, tmp_path / "base")
+    configured(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})(folder)
+    words = ("--base", folder, "--data", data, "--storage", storage, "--out", tmp_path / "out")
+    assert_refused(deltatune("tune", *words), "is quantised already, by bitsandbytes", "unquantised form")
 
 
 def test_code_that_comes_with_a_base_is_never_run(base, data, tmp_path):

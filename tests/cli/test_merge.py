@@ -13,8 +13,8 @@ from deltatune.data.tokens import tokenize
 from deltatune.files import read_json
 from deltatune.models.adapted import quantised_layers
 from deltatune.models.quantise import storages_of
-from deltatune.training.evaluation import evaluate
 from deltatune.training.saved import open_adapter
+from deltatune.training.tasks import task_for
 from tiny import save_tiny
 
 NF4 = "nf4:block=16"
@@ -109,9 +109,9 @@ def test_a_requantised_model_is_a_base_that_does_what_was_measured(qlora, requan
     assert 0 < said["mean_difference"] < said["largest_difference"]
     validation = library.load_data(str(data)).validation
     tokens = tokenize(validation, made.tokenizer, 256)
-    before, after = (evaluate(model, tokens, "fp32") for model in (adapted.base.model, made.model))
-    assert (said["loss_before"], said["accuracy_before"]) == pytest.approx((before.loss, before.accuracy))
-    assert (said["loss_after"], said["accuracy_after"]) == pytest.approx((after.loss, after.accuracy))
+    before, after = (task_for(base, "fp32").evaluate(tokens) for base in (adapted.base, made))
+    assert (said["loss_before"], said["accuracy_before"]) == pytest.approx((before.loss, before.quality))
+    assert (said["loss_after"], said["accuracy_after"]) == pytest.approx((after.loss, after.quality))
     assert said["loss_after"] != said["loss_before"]
 
 

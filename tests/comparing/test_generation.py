@@ -1,4 +1,4 @@
-"""A comparison of language models from end to end: a tiny decoder learns to write, from a table of prompts and answers."""
+"""A comparison of language models from end to end: a tiny decoder learns to answer, from a table."""
 
 import csv
 import json
@@ -41,7 +41,11 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     experiment = {
         "base": str(place / "base"),
         "data": str(place),
-        "methods": ["head", "lora:rank=8,learning_rate=1e-2", "full:learning_rate=5e-3"],
+        "methods": [
+            "none",
+            {"method": "lora", "label": "lora", "learning_rate": 1e-2},
+            {"method": "full", "label": "full", "learning_rate": 5e-3},
+        ],
         "training": {"epochs": 30, "batch_tokens": 64, "evaluations": 1},
         "decoding": {"max_new_tokens": 4},
     }
@@ -58,7 +62,7 @@ def result(story: Story, label: str) -> dict:
 
 def test_training_teaches_to_write_what_is_asked_for(story: Story) -> None:
     assert story.done.code == 0, story.done.err
-    before, after = result(story, "head"), result(story, "lora")
+    before, after = result(story, "none"), result(story, "lora")
     assert before["test"]["rougeL"] < 0.3
     assert after["test"]["rougeL"] > 0.9
     assert after["test"]["loss"] < before["test"]["loss"]
@@ -67,10 +71,10 @@ def test_training_teaches_to_write_what_is_asked_for(story: Story) -> None:
 
 
 def test_without_training_nothing_changes_and_training_shows_in_the_loss_on_plain_text(story: Story) -> None:
-    untouched, trained = result(story, "head"), result(story, "full")
+    untouched, trained = result(story, "none"), result(story, "full")
     assert (untouched["steps"], untouched["trainable"]) == (0, 0)
     assert untouched["plain_text"][0] == untouched["plain_text"][1]
-    assert trained["plain_text"][0] == untouched["plain_text"][0]
+    assert trained["plain_text"][0] == pytest.approx(untouched["plain_text"][0], rel=0.01), "fp32 masters, not bf16"
     assert trained["plain_text"][1] != trained["plain_text"][0]
 
 

@@ -139,6 +139,16 @@ def test_sharegpt_has_other_names_for_the_same(load):
     ]
 
 
+def test_a_chat_may_stand_in_columns_of_its_own(tmp_path):
+    from datasets import Dataset, Features, Sequence, Value
+
+    features = Features({"conversation": Sequence({"from": Value("string"), "value": Value("string")})})
+    rows = [{"conversation": {"from": ["human", "gpt"], "value": [f"Hi {i}?", "Yes."]}} for i in range(ROWS)]
+    Dataset.from_list(rows, features=features).to_parquet(tmp_path / "chats.parquet")
+    data = load_data(str(tmp_path / "chats.parquet"))
+    assert first(data) == [("user", "Hi 0?", False), ("assistant", "Yes.", True)]
+
+
 def test_plain_text_alone_is_learnt_whole(load):
     data = load({"text": lambda i: numbered("all")(i) if i > 1 else ["all 0", "  "][i]})
     assert (data.text, data.label, data.incomplete) == (("text",), "", 1)
@@ -151,6 +161,7 @@ def test_a_table_with_labels_is_for_classification_until_the_task_says_otherwise
     assert load(columns).task == "classification"
     assert first(load(columns, task="generation"))[-1] == ("text", "say 0", True)
     assert first(load({"text": numbered("words"), "label": parity}, task="generation")) == [("text", "words 0", True)]
+    assert load(columns | {"messages": lambda i: MESSAGES}).task == "classification"
 
 
 @pytest.mark.parametrize(("text", "label"), [("question", "answer"), ("input", "output"), ("source", "target")])
@@ -250,6 +261,12 @@ PAIR = {"prompt": numbered("ask"), "completion": numbered("say")}
         (PAIR, {"template": "Sum up: {prompt.__class__}"}, "no column 'prompt.__class__'", "nearest"),
         (PAIR, {"template": "Sum up: {prompt!r}"}, "braces without a column's name alone", "{{ and }}"),
         (PAIR, {"template": "Sum up: {prompt"}, "cannot be read: expected '}'", "{{ and }}"),
+        (
+            PAIR,
+            {"template": "{prompt} {completion}", "label": "completion"},
+            "'completion', which is to be",
+            "leave it",
+        ),
         (PAIR, {"template": "{prompt}", "text": ("prompt",)}, "names the prompt's columns already", "--text"),
         ({"a": numbered("a"), "b": numbered("b")}, {"template": "{a}"}, "no column looks like completions", "--label"),
         ({"text": numbered("a")}, {"system": "Be brief."}, "no place before plain text", "leave it out"),

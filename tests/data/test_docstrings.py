@@ -30,7 +30,7 @@ def test_each_is_a_function_without_its_docstring_and_the_line_that_it_lost(data
         for source, line in pairs(part):
             (function,) = ast.parse(source).body
             assert isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef)
-            assert 40 <= len(source) <= 400
+            assert 40 <= len(source) <= 300
             assert 4 <= len(line.split()) <= 20
             assert line.endswith(".")
     turns = data.test.examples[0].turns

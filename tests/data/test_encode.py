@@ -162,6 +162,22 @@ def test_letters_of_several_tokens_are_cut_whole():
     assert masked(encoded(tokenizer, completion("영화 ", "a"), limit=7), tokenizer) == "영⟦a</s>⟧"
 
 
+def test_a_tokenizer_that_does_not_say_where_its_tokens_stand_cuts_as_well(monkeypatch):
+    tokenizer = bytes_tokenizer()
+    monkeypatch.setattr(PreTrainedTokenizerFast, "is_fast", False)
+    sequences = encoded(tokenizer, completion("abcdefghij ", "xyz"), limit=8)
+    assert masked(sequences, tokenizer) == "abcd⟦xyz</s>⟧"
+    assert sequences.truncated == 1
+
+
+def test_an_answer_given_before_is_read_as_it_was_learnt():
+    tokenizer = bytes_tokenizer()
+    heard = Dialogue(tuple(Turn(turn.role, turn.content, place == 3) for place, turn in enumerate(TWO.turns)))
+    learnt = encoded(tokenizer, TWO, heard)
+    assert learnt.inputs[0] == learnt.inputs[1]
+    assert masked(learnt, tokenizer, 1).count("⟦") == 1
+
+
 def test_a_long_chat_loses_its_last_turns_first():
     tokenizer = bytes_tokenizer(CHATML)
     limit = len(encoded(tokenizer, ONE).inputs[0])

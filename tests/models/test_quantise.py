@@ -191,6 +191,49 @@ def test_a_base_that_is_quantised_in_another_way_is_refused(
         outline(find_base(str(folder)), labels=LABELS)
 
 
+UNFIT_NOTES = {
+    "no mapping": ("nf4", "could not read the configuration"),
+    "nothing but its name": ({"quant_method": "deltatune"}, "does not say how it is quantised"),
+    "a layer that it has not": (
+        {"quant_method": "deltatune", "storages": {"all-linear": "nf4"}, "layers": {"nf4": ["bert.nowhere"]}},
+        "bert.nowhere, which is no linear layer",
+    ),
+    "a storage that is none": (
+        {"quant_method": "deltatune", "storages": {"all-linear": "nf9"}, "layers": {"nf9": ["bert.pooler.dense"]}},
+        "no storage named 'nf9'",
+    ),
+}
+
+
+@pytest.mark.parametrize(("noted", "message"), UNFIT_NOTES.values(), ids=UNFIT_NOTES)
+def test_a_configuration_that_says_wrongly_how_it_is_quantised_is_refused(
+    noted: object, message: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        deltatune.load(str(changed(folders["bert"], tmp_path, quantization_config=noted)), labels=LABELS)
+
+
+def test_weights_in_8_bits_are_refused_though_the_configuration_is_silent(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = changed(folders["bert"], tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    name = "bert.encoder.layer.1.output.dense.weight"
+    weights[name] = weights[name].mul(20).to(torch.int8)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"quantised already: it stores {name} as I8"):
+        deltatune.load(str(folder), labels=LABELS)
+
+
+def test_a_scale_that_is_not_finite_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = deltatune.load(str(folders["bert"]), labels=LABELS, storage=NF4).model
+    model.bert.pooler.dense.offset.fill_(torch.inf)
+    model.save_pretrained(tmp_path)
+    tokenizer("bert").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"bert\.pooler\.dense\.offset has values that are not finite"):
+        deltatune.load(str(tmp_path), labels=LABELS)
+
+
 def test_a_weight_that_is_not_finite_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
     folder = changed(folders["bert"], tmp_path)
     weights = load_file(folder / "model.safetensors")

@@ -10,7 +10,8 @@ from transformers.utils import logging as transformers_logging
 
 import deltatune
 from deltatune import LoRA, Prefix, Prompt, UserError
-from deltatune.training.generation import Decoding, generate, generate_tokens, stream
+from deltatune.data.dialogues import Dialogue, Dialogues, Turn
+from deltatune.training.generation import Decoding, generate, generate_tokens, prompts_before_answers, stream
 from deltatune.training.precision import prepare
 from tiny import VOCABULARY, tiny_language_model, tiny_model, tokenizer
 
@@ -171,17 +172,19 @@ def test_the_models_own_settings_of_writing_do_not_act():
 
 def test_a_text_ends_at_each_end_token_and_at_the_end_of_a_turn():
     model, words = writer("gpt2")
-    [said] = generate_tokens(model, words, PROMPTS[:1], Decoding(max_new_tokens=8))
-    assert len(said) > 3
+    [said] = generate_tokens(model, words, PROMPTS[1:2], Decoding(max_new_tokens=8))
+    assert len(set(said[:3])) == 3
     model.generation_config.eos_token_id = [2, said[2]]
-    [cut] = generate_tokens(model, words, PROMPTS[:1], Decoding(max_new_tokens=8))
-    assert cut == said[: said.index(said[2])]
+    [cut] = generate_tokens(model, words, PROMPTS[1:2], Decoding(max_new_tokens=8))
+    assert cut == said[:2]
     model.generation_config.eos_token_id = 2
     word = words.convert_ids_to_tokens(said[1])
     words.add_special_tokens({"additional_special_tokens": [word]})
     words.chat_template = "{% for message in messages %}{{ message.content }} " + word + " {% endfor %}"
-    [turn] = generate_tokens(model, words, PROMPTS[:1], Decoding(max_new_tokens=8))
-    assert turn == said[: said.index(said[1])]
+    [turn] = generate_tokens(model, words, PROMPTS[1:2], Decoding(max_new_tokens=8))
+    assert turn == said[:1]
+    words.chat_template = "{{ raise_exception('no chat') }}"
+    assert generate_tokens(model, words, PROMPTS[1:2], Decoding(max_new_tokens=8)) == [said]
 
 
 def test_batches_hold_what_was_asked_and_progress_is_told():
@@ -208,6 +211,17 @@ def test_near_the_last_position_less_is_written_and_no_other_text_is_cut_for_it(
     deltatune.attach(model, Prompt(3))
     with pytest.raises(UserError, match="positions for 61"):
         generate(model, words, [long])
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "bart"])
+def test_a_prompt_is_cut_so_that_there_is_room_to_answer(architecture):
+    model, words = writer(architecture)
+    document = " ".join(["film", "story", "plot", "cast"] * 20)
+    turns = (Turn("text", f"{document} ", scored=False), Turn("text", "good", scored=True))
+    for limit in (10, 64, 500):
+        [asked] = prompts_before_answers(model, words, Dialogues([Dialogue(turns)]), limit, SHORT)
+        assert len(asked) == min(limit, 64 - 6 if architecture == "gpt2" else 64)
+        generate(model, words, [asked], SHORT)
 
 
 def test_an_empty_prompt_begins_with_the_beginning_token():

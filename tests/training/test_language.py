@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import deltatune
-from deltatune import Base, Full, LoRA, Prefix, Prompt, Training
+from deltatune import Base, Full, LoRA, NoTraining, Prefix, Prompt, Training
 from deltatune.data.batches import Batch
 from deltatune.data.sequences import UNSCORED, Sequences
 from deltatune.training import language
@@ -108,7 +108,7 @@ def test_all_logits_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_without_anything_to_train_a_run_scores_the_model_as_it_is() -> None:
-    of, examples = task("gpt2", deltatune.make("head", {})), sequences("gpt2")
+    of, examples = task("gpt2", NoTraining()), sequences("gpt2")
     finished, scores = train(
         of, examples, examples, Training(), learning_rate=1e-3, precision="fp32", seed=0, listen=ignore
     )

@@ -52,7 +52,8 @@ def trained(name: str, method=None, **settings) -> tuple[nn.Module, list[float]]
     data = examples(240)
     settings = Training(**{"epochs": 2, "batch_tokens": 64, "keep": "last", "optimiser": name, **settings})
     train(
-        task_for(Base(done, tokenizer("bert"), "", ""), "fp32"), data, examples(8), settings, learning_rate=1e-3, precision="fp32", seed=0,
+        task_for(Base(done, tokenizer("bert"), "", ""), "fp32"), data, examples(8), settings,
+        learning_rate=1e-3, precision="fp32", seed=0,
         listen=lambda event: losses.append(event.loss) if isinstance(event, Step) else None,
     )  # fmt: skip
     return done, losses

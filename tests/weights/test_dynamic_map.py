@@ -11,12 +11,13 @@ SIGNED = pytest.mark.parametrize("signed", [True, False], ids=["signed", "unsign
 
 def encoded(x: torch.Tensor, signed: bool) -> tuple[torch.Tensor, torch.Tensor]:
     codes, absmax = torch.empty(x.shape, dtype=torch.uint8), torch.empty(len(x))
-    dynamic_map.encode_(x.clone(), codes, absmax, signed=signed)
+    dynamic_map.encode_(x.clone(), codes, absmax, dynamic_map.Scratch(x.numel(), CPU), signed=signed)
     return codes, absmax
 
 
 def decoded(x: torch.Tensor, signed: bool) -> torch.Tensor:
-    return dynamic_map.decode(*encoded(x, signed), signed=signed)
+    scratch = dynamic_map.Scratch(2 * x.numel(), CPU)
+    return dynamic_map.decode_(*encoded(x, signed), torch.empty_like(x), scratch, signed=signed)
 
 
 def spread(signed: bool) -> torch.Tensor:

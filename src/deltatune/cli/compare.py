@@ -33,6 +33,9 @@ def command(
     out: Annotated[Path | None, typer.Option(help="Run folder; left out, runs/ and the experiment's name.")] = None,
     text: options.Text = None,
     label: options.Label = "",
+    task: options.Task = "",
+    system: options.System = "",
+    template: options.Template = "",
     train: options.TrainLimit = None,
     validation: options.ValidationLimit = None,
     test: options.TestLimit = None,
@@ -40,6 +43,7 @@ def command(
     learning_rate: options.LearningRate = None,
     precision: options.Precision = None,
     setting: options.Setting = None,
+    decoding: options.Decoding = None,
     json: options.Json = False,
 ) -> None:
     """Compares methods on the same base, data, steps and seeds: accuracy, time, memory, size, in one report.
@@ -50,10 +54,21 @@ def command(
 
     changes = {
         "base": base,
-        "data": options.data_choice(data, text, label, train, validation, test),
+        "data": options.data_choice(
+            name=data,
+            text=text,
+            label=label,
+            task=task,
+            system=system,
+            template=template,
+            train=train,
+            validation=validation,
+            test=test,
+        ),
         "methods": method,
         "seeds": seed,
         "training": options.training(epochs, learning_rate, precision, setting),
+        "decoding": options.decoding(decoding),
     }
     folder = out or Path("runs") / (experiment.stem if experiment else "compare")
     with RunProgress() as progress:

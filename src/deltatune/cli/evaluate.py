@@ -27,7 +27,7 @@ def command(
     precision: options.Precision = None,
     json: options.Json = False,
 ) -> None:
-    """Scores a saved adapter: loss, accuracy and macro-F1."""
+    """Scores a saved adapter: accuracy, macro-F1 and loss of a classifier, loss and perplexity of a language model."""
     from deltatune.cli.progress import waiting
 
     with waiting("loading and scoring"):
@@ -36,12 +36,7 @@ def command(
         scores = score(
             open_adapter(folder, base=base, precision=precision or ""), data, split, tuple(text or ()), label
         )
-    figures = {
-        "examples": len(scores.labels),
-        "accuracy": scores.accuracy,
-        "macro_f1": scores.macro_f1,
-        "loss": scores.loss,
-    }
+    figures = {"examples": len(scores.values), **scores.figures}
     if json:
         print(dumps({"split": split, **figures}))
         return

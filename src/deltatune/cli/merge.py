@@ -44,8 +44,8 @@ def command(
 
     The merged model is held against the adapted one on a few texts of random tokens first. Where an output differs by
     more than the tolerance, nothing is written. Weights stored in fewer bits again lose accuracy: it prints by how
-    much outputs change, and for a classifier that knows its data the loss and accuracy on its validation split before
-    and after. Such a model is loaded by deltatune.
+    much outputs change, and where the adapter knows its data what its validation split says before and after. Such a
+    model is loaded by deltatune.
     """
     from deltatune.cli.progress import waiting
 
@@ -65,8 +65,8 @@ def command(
         figures |= {
             "loss_before": done.before.loss,
             "loss_after": done.after.loss,
-            "accuracy_before": done.before.accuracy,
-            "accuracy_after": done.after.accuracy,
+            f"{done.before.metric}_before": done.before.quality,
+            f"{done.before.metric}_after": done.after.quality,
         }
     figures["out"] = str(out)
     if json:

@@ -6,10 +6,19 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-Base = Annotated[str, typer.Option(help="Base model: minilm, a local folder, or a hub id with an optional @revision.")]
-Data = Annotated[str, typer.Option(help="Data: rotten-tomatoes, a CSV, TSV, JSONL, JSON or Parquet file, or a hub id.")]
-Text = Annotated[list[str] | None, typer.Option(help="Text column; give it twice for sentence pairs.")]
-Label = Annotated[str, typer.Option(help="Label column.")]
+Base = Annotated[
+    str, typer.Option(help="Base model: minilm, smollm2, a local folder, or a hub id with an optional @revision.")
+]
+Data = Annotated[
+    str, typer.Option(help="Data: rotten-tomatoes, docstrings, a CSV, TSV, JSONL, JSON or Parquet file, or a hub id.")
+]
+Text = Annotated[
+    list[str] | None, typer.Option(help="Text column, twice for sentence pairs; or that of the prompts or chats.")
+]
+Label = Annotated[str, typer.Option(help="Label column, or that of the completions.")]
+Task = Annotated[str, typer.Option(help="classification or generation, where the columns would say otherwise.")]
+System = Annotated[str, typer.Option(help="What the system says before every example; makes a chat of prompts.")]
+Template = Annotated[str, typer.Option(help='Words around columns to make the prompt of: "Summarise: {document}".')]
 TrainLimit = Annotated[int | None, typer.Option(help="Most training examples to use.")]
 ValidationLimit = Annotated[int | None, typer.Option(help="Most validation examples to use.")]
 TestLimit = Annotated[int | None, typer.Option(help="Most test examples to use.")]
@@ -20,15 +29,16 @@ Setting = Annotated[
     list[str] | None,
     typer.Option("--training", help="Any other training setting, such as warmup=0.1 or gradient_checkpointing=true."),
 ]
+Decoding = Annotated[
+    list[str] | None,
+    typer.Option(help="How it writes, such as temperature=0.7, beams=4 or max_new_tokens=200; several times."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AdapterFolder = Annotated[Path, typer.Argument(help="Folder that `tune` or `compare` wrote, or that PEFT wrote.")]
 
 
-def data_choice(
-    name: str, text: list[str] | None, label: str, train: int | None, validation: int | None, test: int | None
-) -> dict[str, Any]:
+def data_choice(**given: Any) -> dict[str, Any]:
     """The `data` part of an experiment as flags give it; what was not given is left out."""
-    given = {"name": name, "text": text, "label": label, "train": train, "validation": validation, "test": test}
     return {key: value for key, value in given.items() if value not in (None, "", [])}
 
 
@@ -40,6 +50,13 @@ def training(
 
     named = {"epochs": epochs, "learning_rate": learning_rate, "precision": precision}
     return {key: value for key, value in named.items() if value is not None} | dict(map(parse_option, settings or []))
+
+
+def decoding(settings: list[str] | None) -> dict[str, Any]:
+    """The `decoding` part of an experiment as flags give it."""
+    from deltatune.methods import parse_option
+
+    return dict(map(parse_option, settings or []))
 
 
 def table_console() -> Console:

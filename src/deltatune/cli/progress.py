@@ -64,7 +64,7 @@ class RunProgress:
         match news:
             case CellResult():
                 ran = f"{news.train_seconds:.0f} s of training" if self._ran else "kept from before"
-                self._over(f"{name}: {named(news.metric).title.lower()} {news.quality:.1%} on test, {ran}")
+                self._over(f"{name}: {named(news.metric).word} {news.quality:.1%} on test, {ran}")
             case FailedCell():
                 self._over(f"{name}: failed: {news.reason}")
             case _:

@@ -34,6 +34,9 @@ def command(
     seed: Annotated[int, typer.Option(help="Decides the head, the order of examples and the dropout.")] = 0,
     text: options.Text = None,
     label: options.Label = "",
+    task: options.Task = "",
+    system: options.System = "",
+    template: options.Template = "",
     train: options.TrainLimit = None,
     validation: options.ValidationLimit = None,
     test: options.TestLimit = None,
@@ -41,6 +44,7 @@ def command(
     learning_rate: options.LearningRate = None,
     precision: options.Precision = None,
     setting: options.Setting = None,
+    decoding: options.Decoding = None,
     json: options.Json = False,
 ) -> None:
     """Trains one method on a base and saves the adapter, its settings, its events and its test scores in a folder."""
@@ -55,10 +59,21 @@ def command(
         name, given = parse(method)
         content = {
             "base": base,
-            "data": options.data_choice(data, text, label, train, validation, test),
+            "data": options.data_choice(
+                name=data,
+                text=text,
+                label=label,
+                task=task,
+                system=system,
+                template=template,
+                train=train,
+                validation=validation,
+                test=test,
+            ),
             "methods": [{"method": name, "options": given | dict(map(parse_option, set_ or [])), "storage": storage}],
             "seeds": [seed],
             "training": options.training(epochs, learning_rate, precision, setting),
+            "decoding": options.decoding(decoding),
         }
         [cell] = make_experiment(content, "tune").cells()
         result = run_cell(cell, out, lambda event: progress.show(cell.method.label, event))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from deltatune.comparing.experiment import Cell
 from deltatune.comparing.results import CellResult
-from deltatune.data import Data, TextData, load_data
+from deltatune.data import DialogueData, TextData, load_data
 from deltatune.errors import UserError
 from deltatune.files import read_json, write_json, write_text
 from deltatune.models.adapters import save_adapter
@@ -27,6 +27,7 @@ from deltatune.models.attach import trainable_parameters
 from deltatune.models.base import find_base, load
 from deltatune.models.count import count
 from deltatune.models.quantise import total_parameters
+from deltatune.training.asking import asking
 from deltatune.training.events import Event, EventFile, Listener, Step
 from deltatune.training.memory import peak, resident
 from deltatune.training.plain_text import plain_text_loss
@@ -98,10 +99,17 @@ def run_cell(cell: Cell, folder: Path, listen: Listener = ignore) -> CellResult:
     return result
 
 
-def read_data(cell: Cell) -> Data:
+def read_data(cell: Cell) -> TextData | DialogueData:
     """The cell's data, cut to its limits; the same rows for every seed, so that seeds differ in training alone."""
     choice = cell.data
-    data = load_data(choice.name, text=choice.text, label=choice.label)
+    data = load_data(
+        choice.name,
+        task=choice.task,
+        text=choice.text,
+        label=choice.label,
+        system=choice.system,
+        template=choice.template,
+    )
     if cell.data_revision not in ("", data.revision):
         raise UserError(
             f"the data '{choice.name}' changed since the comparison began", "start it again in a new folder with --out"
@@ -109,7 +117,7 @@ def read_data(cell: Cell) -> Data:
     return data.limited(choice.train, choice.validation, choice.test, seed=0)
 
 
-def _save(tuned: Tuned, data: Data, cell: Cell, folder: Path) -> None:
+def _save(tuned: Tuned, data: TextData | DialogueData, cell: Cell, folder: Path) -> None:
     save_adapter(
         tuned.base.model,
         folder,
@@ -121,7 +129,11 @@ def _save(tuned: Tuned, data: Data, cell: Cell, folder: Path) -> None:
         max_length=tuned.max_length,
         seed=cell.seed,
         task=data.task,
-        pairs=isinstance(data, TextData) and data.train.pairs is not None,
+        **(
+            {"pairs": data.train.pairs is not None}
+            if isinstance(data, TextData)
+            else {"asking": asking(data), "decoding": cell.decoding.model_dump(mode="json")}
+        ),
     )
 
 

@@ -24,7 +24,7 @@ from deltatune.comparing.processes import CellProcesses, finished, outcome
 from deltatune.comparing.report import check_installed, write_report
 from deltatune.comparing.results import CellResult, FailedCell
 from deltatune.comparing.table import write_csv
-from deltatune.data import TextData
+from deltatune.data import DialogueData, TextData
 from deltatune.errors import UserError
 from deltatune.files import disk_errors, write_text
 from deltatune.models.attach import attach
@@ -62,7 +62,12 @@ def compare(experiment: Experiment, folder: Path | str, watch: Watcher = lambda 
 
 
 def _run(
-    experiment: Experiment, folder: Path, watch: Watcher, place: Place, data: TextData, matched: Mapping[str, str]
+    experiment: Experiment,
+    folder: Path,
+    watch: Watcher,
+    place: Place,
+    data: TextData | DialogueData,
+    matched: Mapping[str, str],
 ) -> Comparison:
     cells = experiment.cells(place.id, place.revision, data.revision)
     resolved = _resolved(experiment, cells, place, data, matched)
@@ -107,7 +112,7 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _check_methods(experiment: Experiment, place: Place, data: TextData) -> dict[str, str]:
+def _check_methods(experiment: Experiment, place: Place, data: TextData | DialogueData) -> dict[str, str]:
     """Attaches every method to the base's outline, so that a wrong target is refused before anything trains.
 
     Gives what each method matched, in words.
@@ -123,7 +128,7 @@ def _check_methods(experiment: Experiment, place: Place, data: TextData) -> dict
 
 
 def _resolved(
-    experiment: Experiment, cells: list[Cell], place: Place, data: TextData, matched: Mapping[str, str]
+    experiment: Experiment, cells: list[Cell], place: Place, data: TextData | DialogueData, matched: Mapping[str, str]
 ) -> dict[str, Any]:
     plain: dict[str, Any] = experiment.model_dump(mode="json")
     plain["resolved"] = {

@@ -5,7 +5,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -32,10 +32,16 @@ class DataChoice(BaseModel):
 
     name: str
     """Embedded name, file, folder or hub id."""
+    task: Literal["", "classification", "generation"] = ""
+    """What it is for, where its columns do not say it."""
     text: tuple[str, ...] = ()
-    """Text column, or the two of a sentence pair; found by name where left out."""
+    """Text column, the two of a sentence pair, or the prompt's; found by name where left out."""
     label: str = ""
-    """Label column; found by name where left out."""
+    """Label column, or the completion's; found by name where left out."""
+    template: str = ""
+    """Words around columns that make the prompt, such as "Summarise: {document}"."""
+    system: str = ""
+    """What the system says before each prompt."""
     train: int | None = Field(None, ge=1)
     """Most training examples to use."""
     validation: int | None = Field(None, ge=1)

@@ -84,7 +84,9 @@ def summary(rows: Sequence[Row]) -> str:
     elif not compared:
         row, figures = reference
         reached = f"{table.percent(figures.quality.mean)} [{table.interval_text(figures.interval)}]"
-        sentences.append(f"{row.label} reaches {reached} test {_metric(figures)}; there is nothing to compare it with.")
+        sentences.append(
+            f"{row.label} reaches {reached} test {named(figures.metric).word}; there is nothing to compare it with."
+        )
     else:
         best = max(compared, key=lambda pair: pair[1].quality.mean)
         sentences.append(_headline(*best, _called(reference[0])))
@@ -103,13 +105,13 @@ def _headline(row: Row, figures: Figures, reference: str) -> str:
     time = f", in {figures.time_share:.0%} of the time of full fine-tuning" if figures.time_share is not None else ""
     interval = table.points_interval(gap.interval)
     verdict = (
-        f"the difference in {_metric(figures)} to {reference}, {table.points(gap.value)} points {interval}, "
+        f"the difference in {named(figures.metric).word} to {reference}, {table.points(gap.value)} points {interval}, "
         "is not distinguishable from zero"
         if gap.verdict == "not distinguishable"
         else f"that is {gap.verdict} than {reference}, by {table.points(gap.value)} points {interval}"
     )
     return (
-        f"{row.label} reaches {table.percent(figures.quality.mean)} test {_metric(figures)} with "
+        f"{row.label} reaches {table.percent(figures.quality.mean)} test {named(figures.metric).word} with "
         f"{table.small_percent(figures.trainable_share)} of the parameters trained{time}; {verdict}."
     )
 
@@ -127,12 +129,6 @@ def _others(others: Sequence[Figures], reference: str) -> str:
         return f"{subject} {words[verdicts[0]]}."
     parts = [f"{number} {'is' if number == 1 else 'are'} {words[verdict]}" for verdict, number in found.items()]
     return f"Of the {len(others)} other methods {', '.join(parts[:-1])} and {parts[-1]}."
-
-
-def _metric(figures: Figures) -> str:
-    """The metric within a sentence: "accuracy", "ROUGE-L"."""
-    title = named(figures.metric).title
-    return title if any(letter.isupper() for letter in title[1:]) else title.lower()
 
 
 def _called(row: Row) -> str:
@@ -215,6 +211,7 @@ def _gap_interval(figures: Figures) -> str:
 
 _SIGNS = {"better": "▲ better", "worse": "▼ worse", "not distinguishable": "≈ not distinguishable"}
 
+
 def columns(rows: Sequence[Row]) -> tuple[Column, ...]:
     """The columns of the page's table, in order, those of a group together."""
     figures = next((row.figures for row in rows if row.figures), None)
@@ -251,7 +248,7 @@ def _quality(figures: Figures) -> Iterator[Column]:
         if name != figures.metric:
             yield _figure(name, named(name).title, named(name).meaning, "test")
     for name in figures.validation:
-        title = f"Validation {named(name).title.removeprefix('Test ').lower()}"
+        title = f"Validation {named(name).word.removeprefix('test ')}"
         meaning = "On the split that chooses among checkpoints and learning rates, so a little too kind."
         yield _figure(name, title, meaning, "validation")
     if figures.forgotten:

@@ -13,7 +13,7 @@ from deltatune.errors import UserError
 Verdict = Literal["better", "worse", "not distinguishable"]
 
 Gains = npt.NDArray[np.float64]
-"""Of each test example (and seed): by how much ours did better, in [-1, 1]; where answers are right or wrong, 1, 0, -1."""
+"""Of each test example (and seed): by how much ours did better, in [-1, 1]; 1, 0, -1 for answers right or wrong."""
 
 _Z = 1.959964
 """Standard deviations that hold the middle 95% of a normal distribution."""
@@ -51,9 +51,9 @@ class Difference:
 
 
 def mean_interval(cells: Sequence[CellResult]) -> Interval:
-    """The 95% interval of the metric of one method: its mean over test examples, and over seeds where there are several.
+    """The 95% interval of the metric of one method: its mean over test examples, and over seeds where it has several.
 
-    Wilson's where answers are right or wrong, else mean ± 1.96 standard errors; over the choice of examples alone.
+    Wilson's where answers are right or wrong, else mean ± 1.96 standard errors: of the choice of examples alone.
     """
     values = np.array([cell.test_values for cell in cells])  # (seeds, examples)
     mean = float(values.mean())

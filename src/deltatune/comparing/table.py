@@ -109,8 +109,7 @@ def _full(results: Sequence[CellResult]) -> list[CellResult]:
 
 def _figures(cells: Sequence[CellResult], reference: Sequence[CellResult], full: Sequence[CellResult]) -> Figures:
     def spread(value: Callable[[CellResult], float]) -> Spread:
-        values = [value(cell) for cell in cells]
-        return Spread(fmean(values), min(values), max(values))
+        return _spread([value(cell) for cell in cells])
 
     first = cells[0]
     time = spread(lambda cell: cell.train_seconds)
@@ -119,8 +118,8 @@ def _figures(cells: Sequence[CellResult], reference: Sequence[CellResult], full:
         quality=spread(lambda cell: cell.quality),
         interval=mean_interval(cells),
         difference=None if first.label == reference[0].label else difference(cells, reference),
-        test={name: spread(lambda cell, name=name: cell.test[name]) for name in first.test},
-        validation={name: spread(lambda cell, name=name: cell.validation[name]) for name in first.validation},
+        test={name: _spread([cell.test[name] for cell in cells]) for name in first.test},
+        validation={name: _spread([cell.validation[name] for cell in cells]) for name in first.validation},
         train_loss=spread(lambda cell: cell.train_loss),
         forgotten=spread(_forgotten) if first.plain_text else None,
         train_seconds=time,
@@ -136,6 +135,10 @@ def _figures(cells: Sequence[CellResult], reference: Sequence[CellResult], full:
         adapter_bytes=spread(lambda cell: cell.adapter_bytes),
         model_bytes=first.model_bytes,
     )
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(fmean(values), min(values), max(values))
 
 
 def _forgotten(cell: CellResult) -> float:
@@ -161,7 +164,11 @@ def _measured(cell: CellResult) -> dict[str, float | str | None]:
         "test_examples": len(cell.test_values),
         **{f"validation_{name}": value for name, value in cell.validation.items()},
         "train_loss": cell.train_loss,
-        **({"plain_text_loss_before": cell.plain_text[0], "plain_text_loss": cell.plain_text[1]} if cell.plain_text else {}),
+        **(
+            {"plain_text_loss_before": cell.plain_text[0], "plain_text_loss": cell.plain_text[1]}
+            if cell.plain_text
+            else {}
+        ),
         **{name: value(cell) for name, value in _COST.items()},
     }
 
@@ -235,7 +242,9 @@ def terminal_table(rows: Sequence[Row], width: int) -> Group:
     """
     reference = next((row.label for row in rows if row.is_reference), "reference")
     figures = next((row.figures for row in rows if row.figures), None)
-    names = [named(name).title for name in (figures.metric, *_beside(figures))] if figures else ["Quality", "", "test loss"]
+    names = (
+        [named(name).title for name in (figures.metric, *_beside(figures))] if figures else ["Quality", "", "test loss"]
+    )
     brings = [f"{names[0]}\ninterval", f"vs {reference}, points\nverdict", f"{names[1]}\n{names[2].lower()}"]
     costs = ["Training\nof full", "Tokens/s\nexamples", "Memory\nbaseline", "Trained\nof all", "Adapter\nmodel"]
     every = [*brings, *costs]

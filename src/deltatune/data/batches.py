@@ -90,7 +90,7 @@ def collate_sequences(sequences: Sequences, places: Sequence[int], pad: int) -> 
 
 
 def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Every example once, sorted by length, in batches that fit the budget: for scoring, where order does not matter."""
+    """Every example once, sorted by length, in batches that fit the budget: for scoring, in which order is nothing."""
     return in_order(lengths, budget, sorted(range(len(lengths)), key=lengths.__getitem__))
 
 

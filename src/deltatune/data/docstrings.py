@@ -27,8 +27,8 @@ _LEFT_OUT = {
     *("tkinter", "turtle", "idlelib"),  # wrappers of a graphics toolkit that not every Python has
     *("distutils", "lib2to3", "ensurepip", "pydoc_data", "encodings"),  # discarded, or tables
 }
-_CHARACTERS = range(40, 401)
-"""Of a source without its docstring: above one line, and short enough that eight examples fit into 8 × 128 tokens."""
+_CHARACTERS = range(40, 301)
+"""Of a source without its docstring: more than a line, and so few that nine of ten examples have at most 128 tokens."""
 _WORDS = range(4, 21)
 """Of a first line."""
 _SENTENCE = re.compile(r"[A-Z](?!.*(\w\(|->|>>>)).*\.")
@@ -47,7 +47,7 @@ def docstrings() -> DialogueData:
     """Functions of the standard library with the first lines of their docstrings; no module is in two splits.
 
     Each is a chat: the user gives an instruction and a function without its docstring, the assistant answers with the
-    line. Kept are functions of modules and methods of classes whose source has 40 to 400 characters and whose first
+    line. Kept are functions of modules and methods of classes whose source has 40 to 300 characters and whose first
     line is a sentence of 4 to 20 words; of those with the same source, or the same line but for its case, the first.
     Raises UserError where this Python has no sources.
     """

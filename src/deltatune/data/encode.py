@@ -95,7 +95,7 @@ def _encode_pairs(split: Dialogues, tokenizer: PreTrainedTokenizerBase, limit: i
             said = [*said, tokenizer.eos_token_id]
         if not said[:limit]:
             raise _nothing_left(example, limit)
-        truncated += cut or len(said) > limit
+        truncated += cut or max(len(read), len(said)) > limit
         inputs.append(read[:limit])
         targets.append(said[:limit])
     return Sequences(tuple(inputs), tuple(targets), truncated)

@@ -84,8 +84,6 @@ def find_form(
         return None
     form = _by_template(table, text, label, template) if template else _by_columns(table, text, label, wanted)
     if form is None:
-        if wanted:
-            raise UserError(f"no columns look like texts to be written; there are {listed(table.column_names)}", HINT)
         return None
     if system and form.kind == "text":
         raise UserError("a system prompt has no place before plain text", "leave it out, or give prompts to complete")
@@ -122,6 +120,8 @@ def _by_template(table: "Dataset", text: Sequence[str], label: str, template: st
         require_column(table, column)
     here = {name.lower(): name for name in table.column_names if name not in columns}
     label = label or next((here[name] for name in COMPLETION_NAMES if name in here), "")
+    if label in columns:
+        raise UserError(f"the template puts '{label}', which is to be written, into the prompt", "leave it out there")
     if not label:
         raise UserError(
             f"no column looks like completions; there are {listed(table.column_names)}",
@@ -135,10 +135,11 @@ def _by_columns(table: "Dataset", text: Sequence[str], label: str, wanted: bool)
     if text:
         return _as_given(table, text, label, wanted)
     here = {name.lower(): name for name in table.column_names}
-    if chats := [here[name] for name in CHAT_NAMES if name in here and _holds_chats(table, here[name])]:
-        return Form("chat", (chats[0],))
     if not wanted and _has_usual_text(here) and usual_label([label] if label else here):
         return None
+    chats = [here[name] for name in CHAT_NAMES if name in here and _holds_chats(table, here[name])]
+    if chats and not label:
+        return Form("chat", (chats[0],))
     sample = sample_of(table)
     for form in _usual_forms(here):
         of_labels = form.label.lower() in _ALSO_LABELS and like_labels(sample.get(form.label, ()))

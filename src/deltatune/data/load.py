@@ -40,7 +40,8 @@ def load_data(
     which is then "classification" or "generation". `text` and `label` name columns, which are found otherwise: the text
     (two for pairs) and its label; the prompt and the completion; the chat alone, or the plain text alone. For
     generation, `template` puts words around columns ("Summarise: {document}") to make the prompt of, and `system` is
-    what the system says first, which makes a chat of a prompt and its completion. `seed` draws the missing splits.
+    what the system says first, which makes a chat of a prompt and its completion. Where neither brings a space, a
+    prompt and its completion are set apart by a line break, after a template by a space. `seed` draws missing splits.
     Raises UserError for everything that the user can mend.
     """
     if task not in ("", *TASKS):

@@ -66,11 +66,10 @@ def _plain(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Iterato
         )
     last = max((place for place, turn in enumerate(turns) if turn.scored), default=-1)
     for place, turn in enumerate(turns):
-        chat = turn.role != "text"
+        end = tokenizer.eos_token if turn.role == "assistant" or place == last else ""
         yield Piece(_HEADINGS.get(turn.role, ""), scored=False)
-        ends = turn.scored and (chat or place == last)
-        yield Piece(turn.content + (tokenizer.eos_token if ends else ""), turn.scored)
-        yield Piece(_GAP if chat else "", scored=False)
+        yield Piece(turn.content + end, turn.scored)
+        yield Piece("" if turn.role == "text" else _GAP, scored=False)
 
 
 def _templated(turns: Sequence[Turn], tokenizer: PreTrainedTokenizerBase) -> Iterator[Piece]:

@@ -33,6 +33,7 @@ from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
 from deltatune.methods.mixed import Mixed
+from deltatune.methods.none import NoTraining
 from deltatune.methods.norms import Norms
 from deltatune.methods.oft import OFT
 from deltatune.methods.parallel import Parallel
@@ -74,6 +75,7 @@ __all__ = [
     "Method",
     "MiSS",
     "Mixed",
+    "NoTraining",
     "Norms",
     "Observer",
     "OverLayers",

@@ -316,6 +316,13 @@ class SoftPrompt(Method, Protocol):
         """Numbers that an adapter file holds."""
         return self.parameters(seat)
 
+    def kept_for_backward(self, seat: Seat) -> int:
+        """Bytes that making the virtual tokens, once for a batch, keeps from forward to backward.
+
+        What they cost beyond that, the base keeps: all that it keeps of a text is then of `virtual_tokens` tokens more;
+        for a prefix, the keys, values and attention probabilities alone.
+        """
+
     def prompt(
         self, seat: Seat, vocabulary: Float[Tensor, "vocabulary width"] | None, generator: torch.Generator
     ) -> nn.Module:
@@ -352,7 +359,10 @@ class SoftPrompt(Method, Protocol):
 
 @runtime_checkable
 class Selection(Method, Protocol):
-    """A method that adds nothing: it names parameters of the base that train."""
+    """A method that adds nothing: it names parameters of the base that train.
+
+    What is kept for backward is the base's own and follows from which of its weights train, not from the method.
+    """
 
     def select(self, parameters: Sequence[BaseParameter]) -> Collection[BaseParameter]:
         """Those of the base's parameters that train; the head, which is not among them, always does.

@@ -12,7 +12,7 @@ from deltatune.methods.contract import CONFIG, BaseParameter, Kind
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """Trains the classification head and nothing else: of a language model, which has none, nothing."""
+    """Trains the classification head and nothing else."""
 
     name: ClassVar[str] = "head"
     title: ClassVar[str] = "Head only"

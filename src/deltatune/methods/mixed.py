@@ -18,6 +18,7 @@ from deltatune.errors import UserError
 from deltatune.methods.contract import Kind, Method
 from deltatune.methods.full import Full
 from deltatune.methods.head import Head
+from deltatune.methods.none import NoTraining
 
 
 @dataclass(frozen=True, init=False)
@@ -38,7 +39,7 @@ class Mixed(Method):
         for part in parts:
             if names.count(part.name) > 1:
                 raise UserError(f"{self._join(names)}: {part.name} is there twice", "give its options once")
-            if isinstance(part, Full | Head | Mixed):
+            if isinstance(part, Full | Head | NoTraining | Mixed):
                 raise UserError(f"{self._join(names)}: {part.name} goes with nothing else", _ALONE[type(part)])
         object.__setattr__(self, "parts", parts)
 
@@ -75,5 +76,6 @@ class Mixed(Method):
 _ALONE: dict[type, str] = {
     Full: "it trains everything already",
     Head: "the head trains with every method: leave it out",
+    NoTraining: "it trains nothing: leave it out",
     Mixed: "write all the methods side by side",
 }

@@ -64,23 +64,34 @@ class PTuning(SoftPrompt):
     def parameters(self, seat: Seat) -> int:
         """Trained parameters: E and the encoder."""
         d, h = seat.width, self.hidden or seat.width
-        tokens = self.virtual_tokens * d
+        linear = sum((inputs + 1) * outputs for inputs, outputs in pairwise(self._widths(seat)))
         if self.encoder == "mlp":
-            return tokens + (d + 1) * h + (h + 1) * h + (h + 1) * d
+            return self.virtual_tokens * d + linear
         first, others = 2 * 4 * h * (d + h + 2), 2 * 4 * h * (3 * h + 2)  # both ways, four gates, two biases
-        lstm = first + (self.lstm_layers - 1) * others
-        return tokens + lstm + (2 * h + 1) * 2 * h + (2 * h + 1) * d
+        return self.virtual_tokens * d + first + (self.lstm_layers - 1) * others + linear
 
     def stored_parameters(self, seat: Seat) -> int:
         """P beside what trains."""
         return self.parameters(seat) + self.virtual_tokens * seat.width
 
+    def kept_for_backward(self, seat: Seat) -> int:
+        """Bytes kept for backward: the fp32 inputs and matrices of the linear layers.
+
+        What an LSTM keeps depends on the library that computes it, and is left out.
+        """
+        return 4 * sum(inputs * (self.virtual_tokens + outputs) for inputs, outputs in pairwise(self._widths(seat)))
+
+    def _widths(self, seat: Seat) -> tuple[int, ...]:
+        """What the linear layers take and give, from the first to the last."""
+        d, h = seat.width, self.hidden or seat.width
+        return (d, h, h, d) if self.encoder == "mlp" else (2 * h, 2 * h, d)
+
     def prompt(
         self, seat: Seat, vocabulary: Float[Tensor, "vocabulary width"] | None, generator: torch.Generator
     ) -> "PromptEncoder":
         """A fresh encoder: E from N(0, 1), the layers as PyTorch begins them."""
-        hidden, lstm = self.hidden or seat.width, self.lstm_layers if self.encoder == "lstm" else 0
-        return PromptEncoder(self.virtual_tokens, seat.width, hidden, lstm, generator)
+        lstm = self.lstm_layers if self.encoder == "lstm" else 0
+        return PromptEncoder(self.virtual_tokens, seat.width, self._widths(seat), lstm, generator)
 
     def stored(self, prompt: nn.Module) -> dict[str, Tensor]:
         """The virtual tokens that the encoder makes, and the encoder."""
@@ -109,17 +120,19 @@ class PTuning(SoftPrompt):
 
 
 class PromptEncoder(nn.Module):
-    """Makes virtual tokens (virtual tokens, width) from trained vectors; `lstm` is the number of its layers or 0."""
+    """Makes virtual tokens (virtual tokens, width) from trained vectors; `lstm` is the number of its layers or 0.
 
-    def __init__(self, tokens: int, width: int, hidden: int, lstm: int, generator: torch.Generator) -> None:
+    `widths` are those that its linear layers take and give.
+    """
+
+    def __init__(self, tokens: int, width: int, widths: tuple[int, ...], lstm: int, generator: torch.Generator) -> None:
         super().__init__()
         self.vectors = nn.Parameter(torch.empty(tokens, width).normal_(generator=generator))
         self.lstm: nn.LSTM | None = None
-        widths: tuple[int, ...] = (width, hidden, hidden, width)
         if lstm:
+            hidden = widths[0] // 2  # each way
             recurrent = nn.LSTM(width, hidden, lstm, bidirectional=True)
             self.lstm = drawn(recurrent, 1 / math.sqrt(hidden), generator)
-            widths = (2 * hidden, 2 * hidden, width)
         layers: list[nn.Module] = []
         for inputs, outputs in pairwise(widths):
             layers += [linear(inputs, outputs, generator), nn.ReLU()]

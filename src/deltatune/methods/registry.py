@@ -26,6 +26,7 @@ from deltatune.methods.lokr import LoKr
 from deltatune.methods.lora import LoRA
 from deltatune.methods.miss import MiSS
 from deltatune.methods.mixed import Mixed
+from deltatune.methods.none import NoTraining
 from deltatune.methods.norms import Norms
 from deltatune.methods.oft import OFT
 from deltatune.methods.parallel import Parallel
@@ -43,6 +44,7 @@ from deltatune.words import parse as parse_one
 _EVERY: tuple[type[Method], ...] = (
     Full,
     Head,
+    NoTraining,
     LoRA,
     DoRA,
     AdaLoRA,

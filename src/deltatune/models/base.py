@@ -102,7 +102,7 @@ def load(
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
         model = _model(place, labels, dtype, read_storages(storage))
-        tokenizer = _tokenizer(place, model)
+        tokenizer = read_tokenizer(place, model)
     return Base(model, tokenizer, place.id, place.revision)
 
 
@@ -215,12 +215,20 @@ def _check_folder(folder: Path) -> None:
 
     for file in sorted(folder.glob("*.safetensors")):
         try:
-            with safe_open(file, "pt"):  # the header must fit the file: what was cut off shows here
-                pass
+            with safe_open(file, "pt") as tensors:  # the header must fit the file: what was cut off shows here
+                names = tensors.keys()
+                _refuse_foreign_types(file, {name: tensors.get_slice(name).get_dtype() for name in names})
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} is damaged: {_first_line(error)}", "is the download complete?") from error
     if not any((folder / name).is_file() for name in _VOCABULARIES):  # Transformers would make up an empty one
         raise UserError(f"{folder} has no tokenizer", "put tokenizer.json beside config.json")
+
+
+def _refuse_foreign_types(file: Path, types: Mapping[str, str]) -> None:
+    """Refuses weights in 8 bits or as integers, which Transformers would take for numbers as they are."""
+    for name, stored in types.items():
+        if name.endswith(".weight") and stored not in ("F64", "F32", "F16", "BF16"):
+            raise UserError(f"{file} is quantised already: it stores {name} as {stored}", _UNQUANTISED)
 
 
 _VOCABULARIES = (
@@ -248,7 +256,7 @@ def _config(place: Place, labels: Sequence[str]) -> PreTrainedConfig:
 def _read_config(place: Place) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(place.source, revision=place.commit, trust_remote_code=False)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, AttributeError, TypeError) as error:  # the last two where a field is of another type
         raise UserError(f"could not read the configuration of '{place.id}': {_first_line(error)}") from error
 
 
@@ -289,13 +297,19 @@ def _class(config: PreTrainedConfig, labels: Sequence[str]) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
+_UNQUANTISED = "give its unquantised form, and a storage such as nf4 if you like"
+
+
 def _refuse_foreign_storage(place: Place, config: PreTrainedConfig) -> None:
     noted = getattr(config, "quantization_config", None)
-    if noted is not None and noted.get("quant_method") != METHOD:
+    if noted is None:
+        return
+    if noted.get("quant_method") != METHOD:
         raise UserError(
-            f"'{place.id}' is quantised already, by {noted.get('quant_method') or 'another library'}",
-            "give its unquantised form, and a storage such as nf4 if you like",
+            f"'{place.id}' is quantised already, by {noted.get('quant_method') or 'another library'}", _UNQUANTISED
         )
+    if not all(isinstance(noted.get(name), dict) for name in ("storages", "layers")):
+        raise UserError(f"'{place.id}' does not say how it is quantised", "is its config.json the right one?")
 
 
 def _quantiser(
@@ -339,8 +353,8 @@ def _model(
     fresh = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     _refuse_lacking(place, model, fresh)
     model.newly_initialised = tuple(sorted({key.rpartition(".")[0] for key in fresh}))
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
+    for name, tensor in model.state_dict().items():  # scales of a quantised weight are no parameters
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise UserError(f"'{place.id}' is damaged: {name} has values that are not finite")
     return model.to(dtype)
 
@@ -361,7 +375,11 @@ def _refuse_lacking(place: Place, model: PreTrainedModel, fresh: set[str]) -> No
         )
 
 
-def _tokenizer(place: Place, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+def read_tokenizer(place: Place, model: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with a padding token that `model` has an embedding of; an outline will do.
+
+    Raises UserError where there is none, and where it has no token to pad with.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(place.source, revision=place.commit, trust_remote_code=False)
     except (OSError, ValueError) as error:

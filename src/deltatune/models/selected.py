@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deltatune.errors import UserError
-from deltatune.methods import BaseParameter, Selection
+from deltatune.methods import BaseParameter, NoTraining, Selection
 from deltatune.models.adapted import base_parameters, quantised_layers
 from deltatune.models.blocks import stacks
 from deltatune.models.part import Part
@@ -60,10 +60,10 @@ def put_selection(model: nn.Module, method: Selection, head: tuple[str, ...]) ->
     """
     described, codes = _described(model, head)
     chosen = set(method.select([*described, *codes]))
-    if not (chosen or head):
+    if not (chosen or head or isinstance(method, NoTraining)):
         raise UserError(
             f"{method.name} trains nothing of this model: it has no head beside the base",
-            "a language model's output layer is a part of it; use another method, such as lora",
+            "a language model's output layer is a part of it; use another method, such as lora, or none",
         )
     for seen in filter(chosen.__contains__, codes):
         raise UserError(

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from deltatune.errors import UserError
 from deltatune.models.quantise import METHOD, note_storages, place_storages
-from deltatune.weights import QuantisedLinear, Storage, is_transposed, parse_storage, weight_of
+from deltatune.weights import QuantisedLinear, Storage, is_linear, is_transposed, parse_storage, weight_of
 
 
 @register_quantization_config(METHOD)
@@ -50,8 +50,11 @@ class StreamingQuantiser(HfQuantizer):  # type: ignore[misc]
         if not self.pre_quantized:
             self.placed = place_storages(model, config.storages)
             return
+        linear = {path for path, module in model.named_modules() if is_linear(module)}
         for words, paths in (config.layers or {}).items():
             for path in paths:
+                if path not in linear:
+                    raise UserError(f"its configuration stores {path}, which is no linear layer of it")
                 put_empty(model, path, parse_storage(words))
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **options: Any) -> bool:

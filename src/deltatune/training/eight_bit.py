@@ -2,8 +2,8 @@
 
 arXiv 2110.02861: each moment is cut into blocks of 256 numbers, and a block keeps its largest magnitude in fp32 and a
 byte for each number, its place in the dynamic map: signed for the first moment, unsigned for the second. A step decodes
-them, computes as AdamW does in fp32, and encodes them again, a few blocks at a time, so that a whole moment never
-stands in fp32. With its scale a number takes 1 + 4/256 bytes instead of 4.
+them, runs AdamW's own kernel in fp32, and encodes them again, a few blocks at a time and in the same memory, so that a
+whole moment never stands in fp32. With its scale a number takes 1 + 4/256 bytes instead of 4.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ BLOCK = 256
 """Numbers that share a scale."""
 SMALLEST = 4096
 """Elements from which on a tensor's moments are 8-bit. Smaller ones hold biases and norms and would save little."""
-_CHUNK = {"cpu": 1 << 16}
+_CHUNK = {"cpu": 1 << 17}
 """Elements decoded at a time: on a CPU what stays in a core's cache."""
 _OTHER_CHUNK = 1 << 22
 """Elsewhere: few launches, and at most some tens of megabytes besides."""
@@ -52,12 +52,15 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        scratch: dict[torch.device, _Scratch] = {}
         for group in self.param_groups:
             trained = [parameter for parameter in group["params"] if parameter.grad is not None]
             self._step_small([parameter for parameter in trained if parameter.numel() < SMALLEST], group)
             for parameter in trained:
                 if parameter.numel() >= SMALLEST:
-                    self._step_large(parameter, group)
+                    if parameter.device not in scratch:
+                        scratch[parameter.device] = _Scratch(_chunk(parameter.device), parameter.device)
+                    self._step_large(parameter, group, scratch[parameter.device])
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -84,7 +87,7 @@ class AdamW8bit(torch.optim.Optimizer):
             beta1=beta1, beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"],
         )  # fmt: skip
 
-    def _step_large(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def _step_large(self, parameter: nn.Parameter, group: dict[str, Any], scratch: "_Scratch") -> None:
         state = self.state[parameter]
         if not state:
             blocks = -(-parameter.numel() // BLOCK)
@@ -93,16 +96,27 @@ class AdamW8bit(torch.optim.Optimizer):
                 state[name] = torch.zeros(blocks, BLOCK, dtype=torch.uint8, device=parameter.device)
                 state[f"{name}_absmax"] = torch.zeros(blocks, device=parameter.device)
         state["step"] += 1
-        step = state["step"].item()
         assert parameter.grad is not None
         weights = parameter.detach().contiguous()
         for weight, gradient, part in _chunks(weights.view(-1), parameter.grad.reshape(-1)):
-            _update(weight, gradient, {name: state[name][part] for name in _MOMENTS}, step, group)
+            _update(weight, gradient, {name: state[name][part] for name in _MOMENTS}, state["step"], group, scratch)
         if weights.data_ptr() != parameter.data_ptr():
             parameter.copy_(weights)
 
 
+class _Scratch(dynamic_map.Scratch):
+    """Memory for a few blocks of both moments, and what decoding and encoding them takes."""
+
+    def __init__(self, numbers: int, device: torch.device) -> None:
+        super().__init__(numbers, device)
+        self.first, self.second = torch.empty(numbers, device=device), torch.empty(numbers, device=device)
+
+
 _MOMENTS = ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax")
+
+
+def _chunk(device: torch.device) -> int:
+    return _CHUNK.get(device.type, _OTHER_CHUNK)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
@@ -117,7 +131,7 @@ def _chunks(
 
     A last block that is short is filled up with zeros; the weights that were yielded are then copied back.
     """
-    size = _CHUNK.get(weights.device.type, _OTHER_CHUNK)
+    size = _chunk(weights.device)
     whole = weights.numel() // BLOCK * BLOCK
     for start in range(0, whole, size):
         stop = min(start + size, whole)
@@ -133,19 +147,19 @@ def _update(
     weight: Float[Tensor, "blocks block"],
     gradient: Float[Tensor, "blocks block"],
     moments: dict[str, Tensor],
-    step: float,
+    step: Float[Tensor, ""],
     group: dict[str, Any],
+    scratch: _Scratch,
 ) -> None:
     """One step of AdamW on a few blocks, in place; the moments are those of `_MOMENTS`."""
     beta1, beta2 = group["betas"]
-    gradient = gradient.float()
-    first = dynamic_map.decode(moments["exp_avg"], moments["exp_avg_absmax"], signed=True)
-    first.lerp_(gradient, 1 - beta1)
-    second = dynamic_map.decode(moments["exp_avg_sq"], beta2 * moments["exp_avg_sq_absmax"], signed=False)
-    second.addcmul_(gradient, gradient, value=1 - beta2)
-    corrected: float = (1 - beta2**step) ** 0.5
-    denominator = second.sqrt().add_(corrected * group["eps"])
-    weight.mul_(1 - group["lr"] * group["weight_decay"])
-    weight.addcdiv_(first, denominator, value=-group["lr"] * corrected / (1 - beta1**step))
-    dynamic_map.encode_(first, moments["exp_avg"], moments["exp_avg_absmax"], signed=True)
-    dynamic_map.encode_(second, moments["exp_avg_sq"], moments["exp_avg_sq_absmax"], signed=False)
+    first, second = (part[: weight.numel()].view(weight.shape) for part in (scratch.first, scratch.second))
+    dynamic_map.decode_(moments["exp_avg"], moments["exp_avg_absmax"], first, scratch, signed=True)
+    dynamic_map.decode_(moments["exp_avg_sq"], moments["exp_avg_sq_absmax"], second, scratch, signed=False)
+    torch._fused_adamw_(
+        [weight], [gradient.float()], [first], [second], [], [step],
+        lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
+        amsgrad=False, maximize=False,
+    )  # fmt: skip
+    dynamic_map.encode_(first, moments["exp_avg"], moments["exp_avg_absmax"], scratch, signed=True)
+    dynamic_map.encode_(second, moments["exp_avg_sq"], moments["exp_avg_sq_absmax"], scratch, signed=False)

@@ -4,19 +4,23 @@ Prompts of like length go together: before a decoder padded on the left, so that
 encoder on the right. The masks say what is padding, so what is written does not depend on it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import groupby
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from deltatune.data.batches import in_order
-from deltatune.errors import UserError
+from deltatune.data.dialogues import Dialogues, Turn
+from deltatune.data.encode import prompts as encoded_prompts
+from deltatune.data.templates import pieces
+from deltatune.data.tokens import length_limit
+from deltatune.errors import UserError, unknown
 from deltatune.models.attach import attachment
 from deltatune.models.base import quiet
 from deltatune.models.positions import room_for_text
@@ -59,6 +63,20 @@ class Decoding(BaseModel):
         if self.temperature and self.beams > 1:
             raise UserError("beams are searched, and with a temperature tokens are drawn", "leave out one of the two")
         return self
+
+
+def read_decoding(given: Mapping[str, Any]) -> Decoding:
+    """The settings as a file or a command line names them. Raises `UserError` that names a wrong one."""
+    for name in given:
+        if name not in Decoding.model_fields:
+            raise unknown("setting of writing", name, Decoding.model_fields)
+    try:
+        return Decoding.model_validate(dict(given))
+    except ValidationError as error:
+        first = error.errors()[0]
+        wrong, words = str(first["loc"][0]), first["msg"].removeprefix("Input ")
+        hint = f"{wrong}: {Decoding.model_fields[wrong].description}"
+        raise UserError(f"{wrong} {words}, not {first['input']!r}", hint) from error
 
 
 def generate(
@@ -132,6 +150,24 @@ def stream(
     return _text(tokenizer, ids)
 
 
+def prompts_before_answers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: Dialogues, limit: int, decoding: Decoding
+) -> list[Ids]:
+    """What each example's last turn is written after: at most `limit` tokens, and fewer where positions are short.
+
+    See `deltatune.data.encode.prompts` for what is cut, and for the errors.
+    """
+    both, new = bool(model.config.is_encoder_decoder), decoding.max_new_tokens
+    whole = length_limit(tokenizer, model.config, limit + (0 if both else new), virtual_tokens(model))
+    return encoded_prompts(split, tokenizer, limit=whole, encoder_decoder=both, room=min(new, whole // 2))
+
+
+def virtual_tokens(model: PreTrainedModel) -> int:
+    """How many positions the active adapter takes for tokens of its own."""
+    found = attachment(model)
+    return sum(getattr(part.method, "virtual_tokens", 0) for part in found.parts) if found else 0
+
+
 class _Told(TextStreamer):  # type: ignore[misc]  # Transformers is not typed
     """Gives whole words to a function."""
 
@@ -159,9 +195,7 @@ def _begun(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: 
 
 def _room(model: PreTrainedModel, prompts: Sequence[Ids], decoding: Decoding) -> list[int]:
     """How many tokens may be written after each prompt."""
-    found = attachment(model)
-    virtual = sum(getattr(part.method, "virtual_tokens", 0) for part in found.parts) if found else 0
-    positions = room_for_text(model.config, virtual)
+    positions = room_for_text(model.config, virtual_tokens(model))
     if positions is None:
         return [decoding.max_new_tokens] * len(prompts)
     both = model.config.is_encoder_decoder
@@ -228,12 +262,12 @@ def _ends(own: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]
     eos = own.eos_token_id
     ends = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id}
     if tokenizer.chat_template:
-        mark = "deltatune"
-        said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": mark}]
-        after = str(tokenizer.apply_chat_template(said, tokenize=False)).rpartition(mark)[2]
-        special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        ids: Any = tokenizer(after, add_special_tokens=False)["input_ids"]
-        ends.add(next((id for id in ids if id in special), None))
+        said = (Turn("user", "?", scored=False), Turn("assistant", "…", scored=True))
+        with suppress(UserError):  # a template that fails is told where a chat is written with it
+            after = pieces(said, tokenizer)[-1].text.rpartition("…")[2]
+            ids: Any = tokenizer(after, add_special_tokens=False)["input_ids"]
+            special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+            ends.add(next((id for id in ids if id in special), None))
     return {end for end in ends if end is not None}
 
 

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from deltatune.data.batches import Batch, by_length, collate_sequences
 from deltatune.data.dialogues import Dialogues
+from deltatune.data.encode import encode, references
 from deltatune.data.sequences import UNSCORED, Sequences
-from deltatune.data.templates import encode, prompts, references
 from deltatune.models.base import Base
 from deltatune.scoring import score_texts
-from deltatune.training.generation import Decoding, generate
+from deltatune.training.generation import Decoding, generate, prompts_before_answers
 from deltatune.training.modes import evaluating
 from deltatune.training.precision import Computed, autocast
 from deltatune.training.task import Scores
@@ -60,7 +60,7 @@ class LanguageModelling:
         return logits
 
     def backward(self, batch: Batch, units: int) -> float:
-        """Adds the gradients of the scored tokens' cross-entropies, summed and divided by `units`; gives that quotient."""
+        """Adds the gradients of the scored tokens' losses, summed and divided by `units`; gives that quotient."""
         hidden, targets, _ = self._scored(batch)
         total, gradients = 0.0, []
         for rows, wanted in self._chunks(hidden, targets):
@@ -97,10 +97,10 @@ class LanguageModelling:
         """
         plain = self.evaluate(self.encode(split, limit))
         wanted: dict[tuple[int, ...], list[str]] = {}
-        asked = prompts(split, self._tokenizer, limit=limit, encoder_decoder=self._both)
+        asked = prompts_before_answers(self.model, self._tokenizer, split, limit, decoding)
         for ids, reference in zip(asked, references(split), strict=True):
             wanted.setdefault(tuple(ids), []).append(reference)
-        written = list(generate(self.model, self._tokenizer, [*map(list, wanted)], decoding, self._precision))
+        written = generate(self.model, self._tokenizer, [*map(list, wanted)], decoding, self._precision)
         texts = score_texts(written, [*wanted.values()])
         outputs = [
             {"prompt": self._tokenizer.decode(ids), "references": known, "prediction": text}
@@ -132,7 +132,7 @@ class LanguageModelling:
         self, hidden: Float[Tensor, "scored width"], targets: Int[Tensor, " scored"]
     ) -> Iterator[tuple[Float[Tensor, "rows width"], Int[Tensor, " rows"]]]:
         size = max(16, _CHUNK // (4 * self.model.config.get_text_config().vocab_size))
-        return zip(hidden.split(size), targets.split(size), strict=True)
+        return zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
 
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         inputs = {name: tensor.to(self.model.device) for name, tensor in batch.inputs.items()}
@@ -158,7 +158,7 @@ class LanguageModelling:
         raise AssertionError("a language model uses its output layer")
 
     def _output_layer_alone(self, batch: Batch) -> bool:
-        """Whether the logits are the output layer's own; some models cap, scale or shift them. Tried out on an example."""
+        """Whether the logits are the output layer's own, tried out on an example; some models cap or scale them."""
         one = Batch(
             {name: tensor[:1] for name, tensor in batch.inputs.items()}, batch.labels[:1], batch.indices[:1], 0, 0
         )
@@ -171,7 +171,7 @@ class LanguageModelling:
         return same
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818  # it is no error
     """The model has come to its output layer."""
 
     def __init__(self, hidden: Tensor) -> None:

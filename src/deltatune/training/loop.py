@@ -2,7 +2,7 @@
 
 import math
 import time
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch

@@ -1,6 +1,7 @@
 """A saved adapter merged into its base for good: a folder of its own, in the storage one asks for."""
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from deltatune.models.adapters import SavedAdapter
 from deltatune.models.base import quiet
 from deltatune.models.merge import fold, merge, outputs
 from deltatune.models.quantise import dequantise, quantise, read_storages
-from deltatune.training.evaluation import Scores
 from deltatune.training.saved import Ready, open_adapter, score
+from deltatune.training.task import Scores
 from deltatune.weights import DENSE
 
 log = logging.getLogger("deltatune")
@@ -53,7 +54,7 @@ def merge_saved(
 
     A base in fewer bits is decoded, and the merged weights are written in bf16 or fp32: a model of Transformers. Any
     other `storage`, such as nf4, encodes them again, which loses accuracy: how much is measured, on the adapter's own
-    validation split as well where it is a classifier that records its data. That folder is a base to `load`. `base` is
+    validation split as well where it records its data. That folder is a base to `load`. `base` is
     that of `open_adapter`.
 
     Raises `UserError`, with nothing written, where `out` holds something, the method cannot be merged, there is no
@@ -96,7 +97,7 @@ def merge_saved(
 
 
 def _refuse_difference(done: MergedModel, tolerance: float | None) -> None:
-    if not torch.isfinite(torch.tensor(done.difference)):
+    if not math.isfinite(done.difference):
         raise UserError("an output of the merged model is not finite", "keep the adapter beside its base")
     if tolerance is not None and not done.difference <= tolerance * done.largest:
         raise UserError(
@@ -114,7 +115,7 @@ def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def _scored(ready: Ready) -> Scores | None:
     """Scores on the validation split that the adapter was trained with; None where there is none to be had."""
-    if not (ready.saved.labels and ready.saved.about.get("data")):
+    if not ready.saved.about.get("data"):
         return None
     try:
         return score(ready, "", "validation")

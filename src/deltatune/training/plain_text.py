@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from deltatune.data.dialogues import Dialogue, Dialogues, Turn
+from deltatune.data.tokens import length_limit
 from deltatune.models.base import Base
+from deltatune.training.generation import virtual_tokens
 from deltatune.training.language import LanguageModelling
 from deltatune.training.precision import Computed
 
@@ -19,7 +21,10 @@ def plain_text_loss(base: Base, precision: Computed) -> float | None:
     both = bool(base.model.config.is_encoder_decoder)
     paragraphs = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").strip().split("\n\n")
     task = LanguageModelling(base, precision)
-    return task.evaluate(task.encode(Dialogues([_halves(one) if both else _whole(one) for one in paragraphs]), 256)).loss
+    limit = length_limit(base.tokenizer, base.model.config, 256, virtual_tokens(base.model))
+    return task.evaluate(
+        task.encode(Dialogues([_halves(one) if both else _whole(one) for one in paragraphs]), limit)
+    ).loss
 
 
 def _whole(paragraph: str) -> Dialogue:

@@ -77,9 +77,11 @@ def score(ready: Ready, name: str, split: str, text: tuple[str, ...] = (), label
     trained_on = ready.saved.about.get("data", {})
     if not (name or trained_on):
         raise UserError("this adapter does not say what it was trained on", "name the data with --data")
+    words: dict[str, Any] = {}
     if not name or trained_on.get("name") in (name, str(Path(name).resolve())):
         text, label = text or tuple(trained_on["text"]), label or trained_on["label"]
-    data = load_data(name or trained_on["name"], text=text, label=label)
+        words = {key: trained_on[key] for key in ("task", "system", "template") if trained_on.get(key)}
+    data = load_data(name or trained_on["name"], text=text, label=label, **words)
     check_task(ready.base, data)
     if not name:
         if data.revision != trained_on["revision"]:
@@ -102,11 +104,8 @@ def predict(ready: Ready, texts: Split) -> Iterator[dict[str, Any]]:
         yield {"text": texts.texts[place], **pair, "label": label, "probability": said["probability"]}
 
 
-def read_texts(source: str) -> Split:
-    """The texts of a file, or of stdin for `-`: one a line, plain or JSON with "text" and, for pairs, "pair".
-
-    Empty lines are left out.
-    """
+def read_lines(source: str) -> list[tuple[str, str]]:
+    """The lines of a file, or of stdin for `-`, each with where it stands, in words. Empty lines are left out."""
     name = "stdin" if source == "-" else source
     try:
         content = (sys.stdin.buffer.read() if source == "-" else Path(source).read_bytes()).decode("utf-8-sig")
@@ -115,9 +114,15 @@ def read_texts(source: str) -> Split:
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not in UTF-8: {error.reason} at byte {error.start}", "save it as UTF-8") from error
     # Only a line feed ends a line: JSON may hold the other characters that `splitlines` would split at.
-    rows = [_row(line, f"line {n} of {name}") for n, line in enumerate(content.split("\n"), 1) if line.strip()]
-    if not rows:
+    lines = [(f"line {n} of {name}", line) for n, line in enumerate(content.split("\n"), 1) if line.strip()]
+    if not lines:
         raise UserError(f"{name} has no text", "give one text a line")
+    return lines
+
+
+def read_texts(lines: Sequence[tuple[str, str]]) -> Split:
+    """The texts of lines of `read_lines`: each plain, or JSON with "text" and, for pairs, "pair"."""
+    rows = [_row(line, where) for where, line in lines]
     paired = [row for row in rows if len(row) == 2]
     if paired and len(paired) != len(rows):
         raise UserError("some lines have a pair and some have none", "give a pair on every line or on none")

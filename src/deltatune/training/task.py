@@ -14,8 +14,9 @@ from deltatune.training.generation import Decoding
 class Examples(Protocol):
     """One split as token ids."""
 
-    truncated: int
-    """How many examples were longer than the limit and lost a part."""
+    @property
+    def truncated(self) -> int:
+        """How many examples were longer than the limit and lost a part."""
 
     @property
     def lengths(self) -> list[int]:

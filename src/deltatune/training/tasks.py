@@ -1,8 +1,6 @@
 """Which task a base is for."""
 
-from typing import Any
-
-from deltatune.data import Data
+from deltatune.data import DialogueData, TextData
 from deltatune.errors import UserError
 from deltatune.models.base import Base
 from deltatune.training.classification import Classification
@@ -13,11 +11,10 @@ from deltatune.training.task import Task
 
 def task_for(base: Base, precision: Computed) -> Task:
     """The task that the base was loaded for."""
-    kinds: dict[str, type[Task]] = {"classification": Classification, "generation": LanguageModelling}
-    return kinds[base.task](base, precision)
+    return LanguageModelling(base, precision) if base.task == "generation" else Classification(base, precision)
 
 
-def check_task(base: Base, data: Data) -> None:
+def check_task(base: Base, data: TextData | DialogueData) -> None:
     """Raises `UserError` where the data is for another task than the base was loaded for."""
     if base.task != data.task:
         wanted = "with the labels of the data" if data.task == "classification" else "without labels"

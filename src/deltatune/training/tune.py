@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from deltatune.data import Data
+from deltatune.data import DialogueData, TextData
 from deltatune.data.batches import epoch
 from deltatune.data.tokens import length_limit
 from deltatune.dropout import replace_dropout
@@ -53,7 +53,7 @@ def ignore(_: object) -> None:
 
 def tune(
     base: Base,
-    data: Data,
+    data: TextData | DialogueData,
     method: Method,
     settings: Training | None = None,
     *,
@@ -103,9 +103,7 @@ def _with_token_ids(method: Method, tokenizer: PreTrainedTokenizerBase) -> Metho
     return method.tokenised(lambda text: tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def _first_batches(
-    task: Task, examples: Examples, settings: Training, seed: int
-) -> Iterator[dict[str, Tensor]]:
+def _first_batches(task: Task, examples: Examples, settings: Training, seed: int) -> Iterator[dict[str, Tensor]]:
     """What the run trains on first, for a method that takes its first values from examples; made as it reads them."""
     order = epoch(examples.lengths, settings.batch_tokens, np.random.default_rng(seed))
     for places in order[:_OBSERVED]:

@@ -28,10 +28,20 @@ def levels(signed: bool, device: torch.device) -> Float[Tensor, " 256"]:
     return torch.tensor(sorted(chosen), dtype=torch.float32, device=device)
 
 
+class Scratch:
+    """Memory that encoding and decoding work in: new memory for each few blocks would take longer than the work."""
+
+    def __init__(self, numbers: int, device: torch.device) -> None:
+        self.magnitudes = torch.empty(numbers, device=device)
+        self.halves = torch.empty(numbers, dtype=torch.float16, device=device)
+        self.places = torch.empty(numbers, dtype=torch.int32, device=device)
+
+
 def encode_(
     x: Float[Tensor, "blocks block"],
     codes: UInt8[Tensor, "blocks block"],
     absmax: Float[Tensor, " blocks"],
+    scratch: Scratch,
     *,
     signed: bool,
 ) -> None:
@@ -41,18 +51,27 @@ def encode_(
     moves the boundaries between levels by at most 7% of a level's width. The unsigned map is for second moments, by
     whose root one divides: nothing becomes 0 there, but the least level above it, unless its whole block is 0.
     """
-    torch.amax(x.abs() if signed else x, 1, out=absmax)
-    index = x.div_(absmax[:, None]).half().view(torch.uint16).to(torch.int32)
-    torch.index_select(_codes(signed, x.device), 0, index.view(-1), out=codes.view(-1))
+    magnitudes, halves = (part[: x.numel()].view(x.shape) for part in (scratch.magnitudes, scratch.halves))
+    places = scratch.places[: x.numel()]
+    torch.amax(torch.abs(x, out=magnitudes) if signed else x, 1, out=absmax)
+    halves.copy_(x.div_(absmax[:, None]))
+    places.copy_(halves.view(-1).view(torch.uint16))
+    torch.index_select(_codes(signed, x.device), 0, places, out=codes.view(-1))
 
 
-def decode(
-    codes: UInt8[Tensor, "blocks block"], absmax: Float[Tensor, " blocks"], *, signed: bool
+def decode_(
+    codes: UInt8[Tensor, "blocks block"],
+    absmax: Float[Tensor, " blocks"],
+    out: Float[Tensor, "blocks block"],
+    scratch: Scratch,
+    *,
+    signed: bool,
 ) -> Float[Tensor, "blocks block"]:
-    """The numbers that codes and scales stand for, in fp32."""
+    """Puts the numbers that codes and scales stand for into `out`, which is fp32, and returns it."""
+    places = scratch.places[: codes.numel()].copy_(codes.view(-1))
     table = levels(signed, codes.device).view(torch.int32)  # integers are looked up faster than floats
-    found = table.index_select(0, codes.view(-1).to(torch.int32))
-    return found.view(torch.float32).view(codes.shape).mul_(absmax[:, None])
+    torch.index_select(table, 0, places, out=out.view(-1).view(torch.int32))
+    return out.mul_(absmax[:, None])
 
 
 @cache
