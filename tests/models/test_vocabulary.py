@@ -18,7 +18,8 @@ from deltatune.models.attach import trainable_parameters
 from deltatune.models.base import Base
 from deltatune.models.fingerprint import fingerprint
 from deltatune.models.tokens import grow
-from tiny import VOCABULARY, save_tiny, tiny_language_model, tokenizer
+from deltatune.training.saved import open_adapter
+from tiny import VOCABULARY, save_tiny, save_tiny_language_model, tiny_language_model, tokenizer
 
 TOKENS = ("<tool>", "<end>")
 IDS = [VOCABULARY, VOCABULARY + 1]
@@ -165,6 +166,26 @@ def test_a_spare_row_of_the_base_is_used_first() -> None:
     torch.testing.assert_close(logits(deltatune.fold(model)), before)
 
 
+def test_an_opened_adapter_knows_the_new_tokens_by_name(tmp_path: Path) -> None:
+    folder = str(save_tiny_language_model(tmp_path / "llama", "llama"))
+    base = deltatune.add_tokens(deltatune.load(folder), TOKENS)
+    model = trained(base.model, LoRA(rank=2))
+    deltatune.save_adapter(model, tmp_path / "adapter", base=base.id, revision=base.revision)
+    ready = open_adapter(tmp_path / "adapter", precision="fp32")
+    assert ready.base.tokenizer("<tool>film<end>").input_ids == base.tokenizer("<tool>film<end>").input_ids
+    torch.testing.assert_close(logits(ready.base.model), logits(model))
+
+
+def test_a_tokenizer_may_come_to_know_the_tokens_of_a_loaded_adapter_later(load: Make, tmp_path: Path) -> None:
+    deltatune.save_adapter(trained(deltatune.add_tokens(load("llama"), TOKENS).model, Head()), tmp_path)
+    base = load("llama")
+    deltatune.load_adapter(base.model, tmp_path)
+    before = logits(base.model)
+    deltatune.add_tokens(base, TOKENS)
+    assert base.tokenizer(TOKENS[0] + TOKENS[1]).input_ids == IDS
+    assert torch.equal(logits(base.model), before)
+
+
 def test_adapters_with_the_same_new_tokens_stand_side_by_side(load: Make) -> None:
     model = trained(deltatune.add_tokens(load("llama"), TOKENS).model, LoRA(rank=2))
     first = logits(model)
@@ -192,6 +213,10 @@ def test_what_cannot_be_added_is_refused(load: Make, tmp_path: Path) -> None:
         deltatune.add_tokens(base, ("<other>",))
     with pytest.raises(UserError, match="BartForConditionalGeneration cannot take new tokens"):
         grow(tiny_language_model("bart"), IDS)
+    attached = load("llama")
+    deltatune.attach(attached.model, LoRA(rank=2))
+    with pytest.raises(UserError, match="an adapter is attached"):
+        deltatune.add_tokens(attached, TOKENS)
     classifier = deltatune.load(str(save_tiny(tmp_path / "bert", "bert")), labels=("a", "b"))
     with pytest.raises(UserError, match="need a language model"):
         deltatune.add_tokens(classifier, TOKENS)

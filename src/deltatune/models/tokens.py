@@ -70,6 +70,8 @@ def grow(model: PreTrainedModel, ids: Sequence[int], texts: Sequence[str] = ()) 
     Raises `UserError` where it has others, or an embedding that does more than look vectors up.
     """
     if refuse_others(model, ids):
+        there = cast(NewTokens, new_tokens(model))
+        there.texts = there.texts or tuple(texts)
         return model
     embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
     if type(embedding) is not nn.Embedding or not isinstance(output, nn.Linear):

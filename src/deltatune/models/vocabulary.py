@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from tokenizers import AddedToken
 
 from deltatune.errors import UserError
+from deltatune.models.attach import attachments
 from deltatune.models.base import Base
 from deltatune.models.tokens import grow, new_tokens, refuse_others
 
@@ -14,15 +15,16 @@ def add_tokens(base: Base, texts: Sequence[str]) -> Base:
 
     The tokenizer knows them, the vocabulary grows, and the new vectors train with whatever is attached. Adding the
     same ones again changes nothing. Raises `UserError` for a text that is empty or a token already, for a classifier,
-    and where other tokens were added before.
+    and where other tokens were added or an adapter was attached before.
     """
     if base.task != "generation":
         raise UserError("new tokens need a language model", "load the base without labels")
     texts = tuple(dict.fromkeys(texts))
-    there = new_tokens(base.model)
-    if there is not None and there.texts == texts:
+    known, there = base.tokenizer.get_vocab(), new_tokens(base.model)
+    if not texts or (there is not None and there.texts == texts and known.keys() >= set(texts)):
         return base
-    known = base.tokenizer.get_vocab()
+    if there is None and attachments(base.model):
+        raise UserError("an adapter is attached to this model, and would not train new tokens", "add them before")
     for text in texts:
         if not text.strip() or text in known:
             raise UserError(
