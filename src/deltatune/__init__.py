@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from deltatune.models.combine import Combined, combine
     from deltatune.models.merge import Merged, fold, merge, unmerge
     from deltatune.models.quantise import dequantise, quantise
+    from deltatune.models.vocabulary import add_tokens
     from deltatune.scoring import TextScores, score_texts
     from deltatune.training.settings import Training
     from deltatune.training.tune import Tuned, tune
@@ -74,6 +75,7 @@ _HOMES = {
     "deltatune.models.combine": ("Combined", "combine"),
     "deltatune.models.merge": ("Merged", "fold", "merge", "unmerge"),
     "deltatune.models.quantise": ("dequantise", "quantise"),
+    "deltatune.models.vocabulary": ("add_tokens",),
     "deltatune.scoring": ("TextScores", "score_texts"),
     "deltatune.training.settings": ("Training",),
     "deltatune.training.tune": ("Tuned", "tune"),
@@ -128,6 +130,7 @@ __all__ = [
     "VeRA",
     "WaveFT",
     "activate",
+    "add_tokens",
     "after_step",
     "attach",
     "attachment",

@@ -33,12 +33,14 @@ from deltatune.models.attach import (
 )
 from deltatune.models.quantise import storages_of
 from deltatune.models.targets import below, ending
+from deltatune.models.tokens import IN_FILES, NEW_TOKENS, NewTokens, grow, names_in_files, new_tokens
 
 CONFIG, TENSORS, ABOUT = "adapter_config.json", "adapter_model.safetensors", "deltatune.json"
 _SHARED = "base_model."
 _PREFIX = "base_model.model."
 _PROMPT = "prompt_"
 _REPEATED = ".base_layer.weight"
+_NEW = "new tokens"
 _RECORD = {"format", "base", "method", "options", "head", "sha256"}
 
 
@@ -56,6 +58,9 @@ class SavedAdapter:
     """Our own record (deltatune.json); empty for a folder that PEFT wrote."""
     repeated: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
     """Weights of the base that the folder holds as well, as PEFT's do of adapted embeddings, by their names there."""
+
+    new_tokens: Mapping[int, str] = field(default_factory=dict)
+    """The tokens that its base has besides: what each id stands for, empty texts where the folder does not say."""
 
     @property
     def storage(self) -> dict[str, str]:
@@ -79,7 +84,7 @@ class SavedAdapter:
         if self.about:
             return tuple(self.about["head"])
         others = (key for key in self.tensors if key not in self.delta_keys and not key.startswith(_SHARED))
-        return tuple(dict.fromkeys(key.rpartition(".")[0] for key in others))
+        return tuple(dict.fromkeys(NEW_TOKENS if key.endswith(IN_FILES) else key.rpartition(".")[0] for key in others))
 
     @property
     def delta_keys(self) -> dict[str, tuple[str, str]]:
@@ -122,6 +127,7 @@ def save_adapter(model: nn.Module, folder: Path | str, *, base: str = "", revisi
             "method": portable.name,
             "options": options_of(portable),
             "head": list(done.head),
+            **_new_tokens_record(model),
             **({"trained as": options_of(done.method)} if portable != done.method else {}),
             **about,
             "sha256": {name: sha256(new / name) for name in (CONFIG, TENSORS)},
@@ -143,7 +149,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """
     done = cast(Attachment, attachment(model))
     stored = {key: tensor for part in done.parts for key, tensor in part.stored().items()}
-    return stored | {name: p for name, p in base_parameters(model).items() if below(name, done.head)}
+    names = names_in_files(model)
+    return stored | {names.get(name, name): p for name, p in base_parameters(model).items() if below(name, done.head)}
 
 
 def read_adapter(folder: Path | str) -> SavedAdapter:
@@ -159,7 +166,8 @@ def read_adapter(folder: Path | str) -> SavedAdapter:
     method = make(about["method"], about["options"]) if about else _method(config)
     tensors = _read_tensors(folder / TENSORS, _prefix(method))
     if about:
-        return SavedAdapter(folder, method, tensors, about["base"]["id"], about["base"]["revision"], about)
+        base = about["base"]
+        return SavedAdapter(folder, method, tensors, base["id"], base["revision"], about, new_tokens=_tokens_of(about))
     repeated = {key: tensors.pop(key) for key in list(tensors) if key.endswith(_REPEATED)}
     saved = SavedAdapter(
         folder=folder,
@@ -169,6 +177,7 @@ def read_adapter(folder: Path | str) -> SavedAdapter:
         revision=config.get("revision") or "",
         about={},
         repeated={key.removesuffix(_REPEATED) + ".weight": tensor for key, tensor in repeated.items()},
+        new_tokens=_tokens_of(config),
     )
     if isinstance(method, SoftPrompt):
         return replace(saved, tensors=_used(tensors, method, config))
@@ -178,11 +187,15 @@ def read_adapter(folder: Path | str) -> SavedAdapter:
 def load_adapter(model: nn.Module, saved: SavedAdapter | Path | str, *, name: str = "default") -> nn.Module:
     """Attaches a saved adapter to its base, in place, under `name`, and returns the model, in evaluation mode.
 
+    Where it has new tokens the model's vocabulary grows by them; `add_tokens` lets the tokenizer know them.
+
     Raises `UserError` where the base is another than the one it was trained on, or a tensor is missing, unexpected or
     of another shape; the tensors are checked before any is copied, and adapters that stood here stand as before.
     """
     saved = saved if isinstance(saved, SavedAdapter) else read_adapter(saved)
     before = attachment(model)
+    if saved.new_tokens:
+        grow(cast(PreTrainedModel, model), [*saved.new_tokens], list(filter(None, saved.new_tokens.values())))
     attach(model, saved.method, name=name, head=saved.head)
     wanted = adapter_tensors(model)
     try:
@@ -339,18 +352,45 @@ def _on_saved_layers(saved: SavedAdapter) -> Method:
 
 
 def _peft_config(model: nn.Module, done: Attachment, base: str, revision: str) -> dict[str, Any]:
-    config = {
+    config: dict[str, Any] = {
         "peft_type": done.method.peft_type,
         "task_type": _task_type(model, done),
         "auto_mapping": None,
         "base_model_name_or_path": base or None,
         "revision": revision if re.fullmatch("[0-9a-f]{40}", revision) else None,  # PEFT asks the hub for it
         "inference_mode": True,
-        "modules_to_save": list(done.head) or None,
+        "modules_to_save": [path for path in done.head if path != NEW_TOKENS] or None,
     }
     if not isinstance(done.method, Mixed):  # PEFT has no words for several; they are in deltatune.json
         config |= done.parts[0].to_peft(model)
+    if NEW_TOKENS in done.head:
+        new = cast(NewTokens, new_tokens(model))
+        config["trainable_token_indices"] = {
+            key.removesuffix(IN_FILES): new.ids.tolist() for key in names_in_files(model).values()
+        }
     return dict(sorted(config.items()))
+
+
+def _new_tokens_record(model: nn.Module) -> dict[str, Any]:
+    new = new_tokens(model)
+    if new is None or NEW_TOKENS not in cast(Attachment, attachment(model)).head:
+        return {}
+    texts = new.texts or ("",) * len(new.ids)
+    return {_NEW: dict(zip(map(str, new.ids.tolist()), texts, strict=True))}
+
+
+def _tokens_of(config: Mapping[str, Any]) -> dict[int, str]:
+    """The new tokens that our record names, or a file of PEFT's by id alone."""
+    if _NEW in config:
+        return {int(number): text for number, text in config[_NEW].items()}
+    given = config.get("trainable_token_indices") or []
+    lists = list(given.values()) if isinstance(given, dict) else [given]
+    if any(ids != lists[0] for ids in lists):
+        raise UserError(
+            "this adapter trained other tokens of the output layer than of the embedding",
+            "adapters with the same trainable_token_indices for both are read",
+        )
+    return dict.fromkeys(lists[0], "")
 
 
 def _task_type(model: nn.Module, done: Attachment) -> str | None:

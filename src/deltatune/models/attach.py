@@ -23,10 +23,11 @@ from deltatune.models.part import Part
 from deltatune.models.prompts import put_prompt
 from deltatune.models.selected import put_selection
 from deltatune.models.targets import below
+from deltatune.models.tokens import NEW_TOKENS
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_HEAD_NAMES = ("classifier", "score", "classification_head", "pre_classifier")
+_HEAD_NAMES = ("classifier", "score", "classification_head", "pre_classifier", NEW_TOKENS)
 
 
 @dataclass(frozen=True, eq=False)

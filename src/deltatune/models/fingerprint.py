@@ -5,9 +5,11 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from deltatune.models.adapted import base_parameters, quantised_layers
 from deltatune.models.targets import below
+from deltatune.models.tokens import NEW_TOKENS, new_tokens
 
 _SAMPLES = 64
 
@@ -17,10 +19,11 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
 
     Up to 64 values are taken evenly from each parameter and rounded to bf16, so that a base has one mark whether it
     was loaded in 32 or 16 bits, and a mark costs milliseconds on any size. A quantised weight counts with its storage
-    and codes: to an adapter that was trained over it, the same base in another storage is another base.
+    and codes: to an adapter that was trained over it, the same base in another storage is another base. A base with new
+    tokens has the mark that it had before.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted((base_parameters(model) | _quantised(model)).items()):
+    for name, tensor in sorted((_before_new_tokens(model) | _quantised(model)).items()):
         if below(name, without):
             continue
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -30,6 +33,20 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
         sample = flat[:: max(1, flat.numel() // _SAMPLES)][:_SAMPLES].to("cpu", torch.bfloat16)
         digest.update(sample.contiguous().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _before_new_tokens(model: nn.Module) -> dict[str, Tensor]:
+    """The base's parameters; of its embedding and output layer the rows that they had before tokens were added."""
+    parameters: dict[str, Tensor] = {**base_parameters(model)}
+    new = new_tokens(model)
+    if new is None or not isinstance(model, PreTrainedModel):
+        return parameters
+    grown = [*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters()]
+    return {
+        name: tensor[: new.before] if any(tensor is one for one in grown) else tensor
+        for name, tensor in parameters.items()
+        if not below(name, [NEW_TOKENS])
+    }
 
 
 def _quantised(model: nn.Module) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from deltatune.errors import UserError
 from deltatune.models.attach import Model, adapted_layers, attachment
 from deltatune.models.quantise import note_storages, storages_of
+from deltatune.models.tokens import settle
 
 log = logging.getLogger("deltatune")
 
@@ -66,12 +67,14 @@ def unmerge(model: Model) -> Model:
 def fold(model: Model, probe: Mapping[str, Tensor] | None = None) -> Model:
     """Merges for good: every adapted layer is replaced by its base layer with the merged weight, an ordinary module.
 
-    Over a quantised weight that is an ordinary layer in the run's type; what is not adapted stays as it is stored.
+    Over a quantised weight that is an ordinary layer in the run's type; what is not adapted stays as it is stored. New
+    tokens go into the vocabulary's own weights.
     Other adapters that were attached are gone. See `merge` for `probe` and for what is refused.
     """
     merge(model, probe)
     for path, layer in adapted_layers(model).items():
         model.set_submodule(path, layer.base)
+    settle(model)
     del model.attachment, model.attachments, model.untrained_head
     note_storages(model, storages_of(model))
     return model.requires_grad_(True)

@@ -13,6 +13,7 @@ from deltatune.data.tokens import length_limit
 from deltatune.errors import UserError
 from deltatune.models.adapters import SavedAdapter, load_adapter, read_adapter
 from deltatune.models.base import Base, find_base, load
+from deltatune.models.vocabulary import add_tokens
 from deltatune.training.attention import choose_attention
 from deltatune.training.precision import Computed, Precision, prepare, resolve
 from deltatune.training.task import Scores
@@ -60,6 +61,8 @@ def open_adapter(folder: Path, *, base: str = "", precision: str = "") -> Ready:
         hint = error.hint if base else f"{saved.folder} was trained on it; say where it is now with --base"
         raise UserError(error.message, hint) from error
     loaded = load(base or saved.base, revision=revision, labels=saved.labels, storage=saved.storage)
+    if texts := list(filter(None, saved.new_tokens.values())):
+        add_tokens(loaded, texts)
     load_adapter(loaded.model, saved)
     trained = saved.about.get("training", {}).get("precision", "auto")
     computed = resolve(cast(Precision, precision or trained))
