@@ -3,7 +3,7 @@
 python benchmarks/scored_loss.py [--base smollm2] [--examples 8] [--length 128] [--share 0.25] [--steps 5]
 
 LoRA on random tokens of which the last `--share` is scored, each variant in a process of its own: `chunked` is our
-loop's loss, `full` the loss that Transformers computes from all logits. Printed are each process's peak resident memory,
+loop's loss, `full` the one that Transformers computes from all logits. Printed are each process's peak resident memory,
 the same less its memory before the first step, the median time of a step, and the loss, which is the same.
 """
 

@@ -4,9 +4,12 @@ Srivastava et al. 2014, JMLR 15. Each element is zeroed with probability p, to w
 1 / (1 − p). Draws from PyTorch's own generator, so seeds and gradient checkpointing work as with `nn.Dropout`.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 _LANES = 2**16
@@ -16,10 +19,17 @@ def dropout(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:
     """The elements of x, each zeroed with probability p."""
     if x.device.type != "cpu":
         return F.dropout(x, p)
-    words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    lanes = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in [−2¹⁵, 2¹⁵)
-    kept = lanes >= round(p * _LANES) - _LANES // 2
-    return x * kept.to(x.dtype).mul_(1 / (1 - p))
+    return x * kept(x.shape, p).to(x.dtype).mul_(1 / (1 - p))
+
+
+def kept(shape: Sequence[int], p: float, device: torch.device | str = "cpu") -> Bool[Tensor, "..."]:
+    """Which elements of a tensor of that shape stay, each with probability 1 − p."""
+    if torch.device(device).type != "cpu":
+        return torch.rand(*shape, device=device) >= p
+    count = math.prod(shape)
+    words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+    lanes = words.view(torch.int16)[:count].view(*shape)  # uniform in [−2¹⁵, 2¹⁵)
+    return lanes >= round(p * _LANES) - _LANES // 2
 
 
 class Dropout(nn.Dropout):

@@ -17,12 +17,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedModel
 
 from deltatune.errors import UserError
+from deltatune.models import short_attention
 from deltatune.models.adapted import Added
 from deltatune.models.positions import first_position, text_positions
 from deltatune.models.stacks import Stack, read_call
 
 _NAME = "deltatune_prefix"
-_KNOWN = ("eager", "sdpa")
+_KNOWN = ("eager", "sdpa", short_attention.NAME)
 
 
 class AttentionPrefix(Added):

@@ -1,0 +1,101 @@
+"""Our attention for short texts gives what each architecture's own plain attention gives, and so do its gradients."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import deltatune
+from deltatune import Full, Prefix
+from deltatune.models import short_attention
+from deltatune.models.short_attention import _Attend
+from deltatune.training.attention import choose_attention
+from tiny import VOCABULARY, tiny_inputs, tiny_language_model, tiny_model
+
+MODELS = {
+    **{name: lambda name=name: tiny_model(name) for name in ("bert", "roberta", "distilbert")},
+    **{name: lambda name=name: tiny_language_model(name) for name in ("gpt2", "llama", "qwen2", "t5", "bart")},
+}
+
+
+def called(model, inputs: dict) -> torch.Tensor:
+    both = {"decoder_input_ids": inputs["input_ids"]} if model.config.is_encoder_decoder else {}
+    return model(**inputs, **both).logits
+
+
+def real(logits: torch.Tensor, inputs: dict) -> torch.Tensor:
+    return logits[inputs["attention_mask"].bool()] if logits.ndim == 3 else logits
+
+
+CASES = [(name, method) for name in MODELS for method in (Full(), Prefix(virtual_tokens=3)) if name != "bart"]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [*CASES, ("bart", Full())], ids=lambda value: getattr(value, "name", value)
+)
+def test_outputs_and_gradients_are_those_of_plain_attention(name: str, method) -> None:
+    ours, inputs = deltatune.attach(MODELS[name](), method), tiny_inputs()
+    theirs = copy.deepcopy(ours) if method.name == "full" else deltatune.attach(MODELS[name](), method)
+    theirs.set_attn_implementation("eager")
+    choose_attention(ours, 64)
+    assert ours.config._attn_implementation == short_attention.NAME
+    generator = torch.Generator().manual_seed(3)
+    outputs = [real(called(model, inputs), inputs) for model in (ours, theirs)]
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-4)
+    weights = torch.randn(outputs[0].shape, generator=generator)
+    for output in outputs:
+        (output * weights).sum().backward()
+    expected = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
+    assert expected
+    for name, parameter in ours.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], atol=2e-4, rtol=1e-3)
+
+
+def test_its_backward_is_that_of_the_formula_with_dropout_and_bias() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    keeps = torch.rand(2, 2, 3, 4, 5, generator=generator) > 0.3
+    inputs = (draw(2, 2, 12, 3), draw(2, 2, 5, 3), draw(2, 2, 5, 3), draw(1, 2, 3, 4, 5))
+    assert torch.autograd.gradcheck(lambda q, k, v, b: _Attend.apply(q, k, v, b, keeps, 0.7, 0.3, 4), inputs)
+
+
+def test_attention_is_dropped_in_training_at_the_rate_that_the_model_says() -> None:
+    model = tiny_model("bert", attention_probs_dropout_prob=0.4, hidden_dropout_prob=0.0)
+    choose_attention(model, 64)
+    with torch.no_grad():
+        still = called(model, tiny_inputs())
+        torch.manual_seed(0)
+        several = torch.stack([called(model.train(), tiny_inputs()) for _ in range(400)])
+    assert several.std(0).max() > 0.05
+    plain = copy.deepcopy(model).eval()
+    assert torch.equal(called(plain, tiny_inputs()), still)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        theirs = torch.stack([called(model, tiny_inputs()) for _ in range(400)])
+    error = 5 * several.std(0) / 20
+    assert ((several.mean(0) - theirs.mean(0)).abs() < error).all()
+    torch.testing.assert_close(several.std(0), theirs.std(0), rtol=0.3, atol=0)
+
+
+def test_an_architecture_whose_attention_is_another_keeps_its_own() -> None:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    config = AutoConfig.for_model(
+        "gemma2", vocab_size=VOCABULARY, head_dim=8, num_key_value_heads=2, attn_logit_softcapping=0.01,
+        query_pre_attn_scalar=1, initializer_range=0.5, **sizes,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+    choose_attention(model, 64)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_long_texts_keep_the_fused_kernel() -> None:
+    model = tiny_model("bert")
+    choose_attention(model, 512)
+    assert model.config._attn_implementation == "sdpa"
