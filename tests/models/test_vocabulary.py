@@ -24,9 +24,15 @@ from tiny import VOCABULARY, save_tiny, save_tiny_language_model, tiny_language_
 TOKENS = ("<tool>", "<end>")
 IDS = [VOCABULARY, VOCABULARY + 1]
 METHODS = {"lora": LoRA(rank=2), "ia3": IA3(), "head": Head(), "prompt": Prompt(virtual_tokens=3)}
-on_models = pytest.mark.parametrize(
-    ("architecture", "tied"), [("llama", True), ("llama", False), ("gpt2", True), ("t5", True), ("t5", False)]
-)
+MODELS = {
+    "llama": ("llama", True), "llama-untied": ("llama", False), "gpt2": ("gpt2", True),
+    "t5": ("t5", True), "t5-untied": ("t5", False),
+}  # fmt: skip
+on_models = pytest.mark.parametrize(("architecture", "tied"), MODELS.values(), ids=MODELS.keys())
+PAIRS = {f"{name}-lora": (*model, METHODS["lora"]) for name, model in MODELS.items()} | {
+    f"llama-{name}": (*MODELS["llama"], method) for name, method in METHODS.items()
+}
+beside_methods = pytest.mark.parametrize(("architecture", "tied", "method"), PAIRS.values(), ids=PAIRS.keys())
 Make = Callable[[str, bool], Base]
 
 
@@ -81,8 +87,7 @@ def test_the_vocabulary_grows_and_what_the_base_knew_stays(load: Make, architect
     assert new.shape[-1] == base.model.config.get_text_config().vocab_size == VOCABULARY + 2
 
 
-@on_models
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+@beside_methods
 def test_the_new_vectors_train_beside_a_method_and_every_old_one_stays(
     load: Make, architecture: str, tied: bool, method: Method
 ) -> None:
@@ -101,8 +106,7 @@ def test_the_new_vectors_train_beside_a_method_and_every_old_one_stays(
     assert all(torch.equal(model.get_parameter(name), value) for name, value in frozen.items())
 
 
-@on_models
-@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+@beside_methods
 def test_a_saved_adapter_lets_a_fresh_base_grow(
     load: Make, architecture: str, tied: bool, method: Method, tmp_path: Path
 ) -> None:
