@@ -211,7 +211,7 @@ def test_generation_with_a_cache_gives_the_tokens_of_generation_without(architec
         bare = model.generate(**inputs, **options, **told)
         assert not torch.allclose(cached.logits[0], bare.logits[0], atol=1e-3)
     alone = model.generate(input_ids=tiny_inputs()["input_ids"][1:2, :5], **options)
-    assert torch.equal(alone[0, -5:], cached[1, -5:])
+    assert torch.equal(alone[0, -5:], cached.sequences[1, -5:])
 
 
 @plain_prompt
