@@ -206,8 +206,9 @@ def test_generation_with_a_cache_gives_the_tokens_of_generation_without(architec
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     cached = model.generate(**inputs, **options)
     assert torch.equal(cached, model.generate(**inputs, **options, use_cache=False))
-    with deltatune.disabled(model):
-        assert not torch.equal(cached, model.generate(**inputs, **options))
+    acting = output(model)
+    with deltatune.disabled(model):  # the likeliest tokens may be the same ones
+        assert not torch.allclose(output(model), acting)
     alone = model.generate(input_ids=tiny_inputs()["input_ids"][1:2, :5], **options)
     assert torch.equal(alone[0, -5:], cached[1, -5:])
 
