@@ -41,7 +41,7 @@ def test_it_decodes_to_the_bits_of_the_table(
     cases = [(Storage(format, block, double), start) for double in (False, True) for start in (0, 4096)]
     fast = [decoded(storage, dtype, 40_010 - start, start) for storage, start in cases]
     request.getfixturevalue("without")
-    assert kernel._kernel(format, dtype) is None
+    assert kernel._kernel(format, dtype, torch.device("cpu")) is None
     for found, (storage, start) in zip(fast, cases, strict=True):
         assert torch.equal(found, decoded(storage, dtype, 40_010 - start, start))
 
@@ -73,4 +73,11 @@ def test_a_kernel_that_gives_other_numbers_is_not_used() -> None:
     def wrong(codes: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, block: int) -> None:
         out.fill_(1.0)
 
-    assert not kernel._decodes(wrong, "nf4", torch.float32)
+    assert not kernel._decodes(wrong, "nf4", torch.float32, torch.device("cpu"))
+
+
+@TYPES
+@pytest.mark.parametrize("format", ["nf4", "fp4"])
+def test_the_operator_that_cuda_uses_gives_the_bits_of_the_table_here_too(format: str, dtype: torch.dtype) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    assert kernel._decodes(kernel._operator(format, dtype), format, dtype, torch.device("cpu"))

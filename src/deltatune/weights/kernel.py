@@ -1,9 +1,10 @@
-"""Decoding four bits with bitsandbytes' kernel for CPUs, where that package is installed: ten times as fast as a table.
+"""Decoding four bits with bitsandbytes' kernels, where that package is installed: on a CPU ten times as fast as a table.
 
-It computes level · scale in fp32 and rounds once, as `codec` does: the same bits, but for results in bf16 so small that
-they have no full precision there (below 2⁻¹²⁶), which become 0. The kernel is taken from the package's shared library,
-since importing the package takes seconds and may fetch code from a hub. Its functions are no public interface: they
-are used from releases that are known, and after they gave what they should.
+They compute level · scale in fp32 and round once, as `codec` does: the same bits, but for results in bf16 so small that
+they have no full precision there (below 2⁻¹²⁶), which become 0. On a CPU the kernel is taken from the package's shared
+library, since importing the package takes seconds and may fetch code from a hub. Its functions are no public interface:
+they are used from releases that are known. On CUDA it is the package's own operator. Both are used after they gave what
+they should on the device.
 """
 
 import ctypes
@@ -20,6 +21,7 @@ from deltatune.weights.levels import levels
 _RELEASES = ("0.50.",)
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _BLOCK = 64
+_CUDA_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 Kernel = Callable[[Tensor, Tensor, Tensor, int], None]
 """Fills its third argument from codes and fp32 scales in blocks of so many numbers, of which it has whole ones."""
@@ -36,8 +38,8 @@ def decode_blocks(
 
     Codes and scales begin where `out` does.
     """
-    kernel = _kernel(format, out.dtype) if out.device.type == "cpu" and out.is_contiguous() else None
-    count = len(out) // block * block
+    kernel = _kernel(format, out.dtype, out.device) if out.is_contiguous() else None
+    count = len(out) // block * block if out.is_cpu or block in _CUDA_BLOCKS else 0
     if kernel is None or count == 0:
         return 0
     kernel(codes, scales, out[:count], block)
@@ -45,10 +47,34 @@ def decode_blocks(
 
 
 @lru_cache
-def _kernel(format: str, dtype: torch.dtype) -> Kernel | None:
-    """The kernel that decodes that format to that type; None where there is none that does."""
+def _kernel(format: str, dtype: torch.dtype, device: torch.device) -> Kernel | None:
+    """The kernel that decodes that format to that type on that device; None where there is none that does."""
+    makers = {"cpu": _cpu_kernel, "cuda": _operator}
+    if format not in ("nf4", "fp4") or dtype not in _TYPES or device.type not in makers:
+        return None
+    kernel = makers[device.type](format, dtype)
+    return kernel if kernel and _decodes(kernel, format, dtype, device) else None
+
+
+def _operator(format: str, dtype: torch.dtype) -> Kernel | None:
+    """The package's operator, which importing it registers."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        return None
+    operator = torch.ops.bitsandbytes.dequantize_4bit
+
+    def kernel(codes: Tensor, scales: Tensor, out: Tensor, block: int) -> None:
+        used = codes[: len(out) // 2], scales[: len(out) // block]
+        out.copy_(operator(*used, block, format, list(out.shape), dtype))
+
+    return kernel
+
+
+def _cpu_kernel(format: str, dtype: torch.dtype) -> Kernel | None:
+    """The function of the package's library for CPUs."""
     library = _library()
-    if library is None or format not in ("nf4", "fp4") or dtype not in _TYPES:
+    if library is None:
         return None
     try:
         function = library[f"cdequantize_blockwise_cpu_{format}_{_TYPES[dtype]}"]
@@ -61,16 +87,16 @@ def _kernel(format: str, dtype: torch.dtype) -> Kernel | None:
         # A row is one block: rows of several would have to be whole numbers of blocks, and threads share rows.
         function(codes.data_ptr(), scales.data_ptr(), out.data_ptr(), block, len(out) // block, block)
 
-    return kernel if _decodes(kernel, format, dtype) else None
+    return kernel
 
 
-def _decodes(kernel: Kernel, format: str, dtype: torch.dtype) -> bool:
+def _decodes(kernel: Kernel, format: str, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether it gives each pair of codes its levels, times the scale of their block."""
     codes, scales = torch.arange(256).to(torch.uint8), torch.linspace(0.001, 3.7, 512 // _BLOCK)
     pairs = torch.stack((codes >> 4, codes & 15), 1).view(-1, _BLOCK).int()
-    out = torch.full((512,), torch.nan, dtype=dtype)
-    kernel(codes, scales, out, _BLOCK)
-    return torch.equal(out, (levels(format)[pairs] * scales[:, None]).to(dtype).view(-1))
+    out = torch.full((512,), torch.nan, dtype=dtype, device=device)
+    kernel(codes.to(device), scales.to(device), out, _BLOCK)
+    return torch.equal(out.cpu(), (levels(format)[pairs] * scales[:, None]).to(dtype).view(-1))
 
 
 @lru_cache
