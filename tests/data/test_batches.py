@@ -46,7 +46,7 @@ def test_texts_pairs_and_korean_become_tokens_with_their_ends_cut_off() -> None:
     assert words.decode(tokens.fields[0]["input_ids"], skip_special_tokens=True) == "영화 정말 좋다"
     pairs = tokenize(Split(["good film", "bad"], [1, 0], pairs=["great story", "dull plot"]), words, 16)
     assert words.decode(pairs.fields[0]["input_ids"], skip_special_tokens=True) == "good film great story"
-    cut = tokenize(Split(["good " * 30, "good"], [0, 1]), words, 8)
+    cut = tokenize(Split(["good " * 30, "good " * 6], [0, 1]), words, 8)
     assert cut.lengths == [8, 3]
     assert cut.truncated == 1
 

@@ -83,6 +83,7 @@ def run_cell(cell: Cell, folder: Path, listen: Listener = ignore) -> CellResult:
         validation=dict(tuned.validation.figures),
         train_loss=sum(step.loss for step in last) / max(1, len(last)),
         plain_text=None if tuned.plain_text is None or after is None else (tuned.plain_text, after),
+        truncated=tuned.truncated,
         steps=tuned.finished.steps,
         train_seconds=seconds,
         examples_per_second=steps[-1].examples / seconds if steps else 0.0,

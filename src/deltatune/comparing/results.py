@@ -34,6 +34,8 @@ class CellResult(BaseModel):
     plain_text: tuple[float, float] | None = None
     """Loss of a language model on a fixed text that is not the task, before and after: what it forgot."""
 
+    truncated: int
+    """Training examples that were longer than the limit and lost a part."""
     steps: int
     train_seconds: float
     """Optimiser steps alone: no loading, no evaluation."""

@@ -174,6 +174,7 @@ def _measured(cell: CellResult) -> dict[str, float | str | None]:
 
 
 _COST: dict[str, Callable[[CellResult], float | str]] = {
+    "truncated_examples": lambda cell: cell.truncated,
     "steps": lambda cell: cell.steps,
     "train_seconds": lambda cell: cell.train_seconds,
     "examples_per_second": lambda cell: cell.examples_per_second,

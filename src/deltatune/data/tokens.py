@@ -42,8 +42,9 @@ def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int) 
     )
     names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
     fields = tuple({name: encoded[name][i] for name in names} for i in range(len(split)))
-    longest = sum(len(f["input_ids"]) >= max_length for f in fields)
-    return Tokens(fields, tuple(split.labels), longest)
+    full = split.take([place for place, one in enumerate(fields) if len(one["input_ids"]) >= max_length])
+    whole: Any = tokenizer(full.texts, full.pairs, verbose=False) if len(full) else {"input_ids": []}
+    return Tokens(fields, tuple(split.labels), sum(len(ids) > max_length for ids in whole["input_ids"]))
 
 
 def length_limit(tokenizer: PreTrainedTokenizerBase, config: Any, wanted: int, virtual: int = 0) -> int:

@@ -73,6 +73,7 @@ def open_chat(
             raise UserError("there is nothing to talk with", "name an adapter's folder, or a base: --base smollm2")
         bare = load(base, storage=storage)
         computed = resolve(cast(Precision, precision or "auto"))
+        bare.model.requires_grad_(False)  # so that all of it is stored as it is computed with
         prepare(bare.model, computed)
         return Chat(bare, computed, decoding, system)
     if storage:

@@ -1,5 +1,6 @@
 """One training run from end to end: attach a method to a base, train it on data, keep the best, score it."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from deltatune.training.precision import Computed, prepare, resolve
 from deltatune.training.settings import Training
 from deltatune.training.task import Examples, Scores, Task
 from deltatune.training.tasks import check_task, task_for
+
+log = logging.getLogger("deltatune")
 
 _OBSERVED = 64
 """The most batches that a method may read before training; most stop long before."""
@@ -73,6 +76,11 @@ def tune(
     precision = resolve(settings.precision, model.device)
     task = task_for(base, precision)
     examples = task.encode(data.train, limit)
+    if examples.truncated:
+        log.warning(
+            "%d of %d training examples are longer than %d tokens and lose a part (max_length)",
+            *(examples.truncated, len(examples), limit),
+        )
     attach(model, method, seed=seed, examples=_first_batches(task, examples, settings, seed), originals=originals(base))
     rate = settings.learning_rate or method.learning_rate
     prepare(model, precision)
