@@ -1,4 +1,4 @@
-"""Decoding four bits with bitsandbytes' kernels, where that package is installed: on a CPU ten times as fast as a table.
+"""Decoding four bits with bitsandbytes' kernels, where that package is installed: on a CPU ten times as fast.
 
 They compute level · scale in fp32 and round once, as `codec` does: the same bits, but for results in bf16 so small that
 they have no full precision there (below 2⁻¹²⁶), which become 0. On a CPU the kernel is taken from the package's shared
@@ -66,7 +66,7 @@ def _operator(format: str, dtype: torch.dtype) -> Kernel | None:
 
     def kernel(codes: Tensor, scales: Tensor, out: Tensor, block: int) -> None:
         used = codes[: len(out) // 2], scales[: len(out) // block]
-        out.copy_(operator(*used, block, format, list(out.shape), dtype))
+        out.copy_(operator(*used, block, format, list(out.shape), dtype).view_as(out))
 
     return kernel
 
