@@ -1,4 +1,4 @@
-"""What two choices of the training step are worth on this machine: medians of ratios, the variants interleaved.
+"""What some choices of the training step are worth on this machine: medians of ratios, the variants interleaved.
 
 python benchmarks/step.py
 """
@@ -14,8 +14,11 @@ import torch.nn.functional as F
 import deltatune
 from deltatune import LoRA
 from deltatune.data.batches import collate, epoch
+from deltatune.data.sequences import UNSCORED, Sequences
 from deltatune.data.tokens import tokenize
 from deltatune.dropout import dropout, replace_dropout
+from deltatune.models import short_attention
+from deltatune.training.language import LanguageModelling
 from deltatune.training.precision import autocast, prepare, resolve
 
 
@@ -46,7 +49,7 @@ replace_dropout(model)
 model.train()
 tokens = tokenize(data.train, base.tokenizer, 256)
 batches = [collate(tokens, places, 0) for places in epoch(tokens.lengths, 1024, np.random.default_rng(0))]
-turn = {"sdpa": 0, "eager": 0}
+turn = dict.fromkeys(("sdpa", "eager", short_attention.NAME), 0)
 
 
 def step(attention: str) -> None:
@@ -60,4 +63,30 @@ def step(attention: str) -> None:
     model.zero_grad()
 
 
-compare(f"LoRA step in {precision}, sdpa → eager", lambda: step("sdpa"), lambda: step("eager"), 25)
+for plain, ours in (("sdpa", "eager"), ("eager", short_attention.NAME)):
+    compare(f"LoRA step in {precision}, {plain} → {ours}", lambda a=plain: step(a), lambda a=ours: step(a), 25)
+
+base = deltatune.load("smollm2")
+del base.model.model.layers[6:]
+deltatune.attach(base.model, LoRA())
+prepare(base.model, precision)
+base.model.train()
+task = LanguageModelling(base, precision)
+rows = torch.randint(1000, 49_000, (8, 128), generator=torch.Generator().manual_seed(0)).tolist()
+batch = task.collate(Sequences(tuple(rows), tuple([UNSCORED] * 96 + row[96:] for row in rows), 0), range(8))
+
+
+def decoder_step(attention: str) -> None:
+    """One forward and backward pass of a decoder with grouped queries."""
+    base.model.set_attn_implementation(attention)
+    task.backward(batch, batch.units)
+    base.model.zero_grad()
+
+
+for plain, ours in (("sdpa", "eager"), ("eager", short_attention.NAME)):
+    compare(
+        f"LoRA step of six layers of smollm2 at 8 × 128, {plain} → {ours}",
+        lambda a=plain: decoder_step(a),
+        lambda a=ours: decoder_step(a),
+        12,
+    )

@@ -24,6 +24,7 @@ from deltatune.errors import UserError, unknown
 from deltatune.models.attach import attachment
 from deltatune.models.base import quiet
 from deltatune.models.positions import room_for_text
+from deltatune.training.modes import evaluating
 from deltatune.training.precision import Computed, autocast
 
 Ids = list[int]
@@ -223,19 +224,15 @@ def _ready(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, decoding: Decoding, precision: Computed
 ) -> Iterator[GenerationConfig]:
     """The model ready to write, and how it does; afterwards everything is as it was."""
-    training = {module: module.training for module in model.modules()}
     own = model.generation_config
     settings = _settings(own, tokenizer, decoding)
     model.generation_config = GenerationConfig()  # what it has would stand in for what ours leaves open
-    model.eval()
     try:
-        with quiet(), torch.inference_mode(), autocast(precision, model.device), torch.random.fork_rng():
+        with evaluating(model), quiet(), autocast(precision, model.device), torch.random.fork_rng():
             torch.manual_seed(decoding.seed)
             yield settings
     finally:
         model.generation_config = own
-        for module, was in training.items():
-            module.training = was
 
 
 def _settings(own: GenerationConfig, tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> GenerationConfig:
