@@ -303,8 +303,6 @@ class SoftPrompt(Method, Protocol):
 
     kind: ClassVar[Kind] = "soft prompt"
     unmergeable: ClassVar[str] = "it adds virtual tokens, and no weight gives the same output"
-    head_learning_rate: ClassVar[float] = 1e-2
-    """Of the head beside the prompt, where the run's rate is the method's own: a prompt's is too high for a head."""
     virtual_tokens: int
     """How many; each takes a position of the model's."""
     place: ClassVar[Literal["input", "attention"]]

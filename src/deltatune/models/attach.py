@@ -245,14 +245,9 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def learning_rates(model: nn.Module) -> dict[str, float]:
     """The learning rate of each parameter that trains, by name, as a multiple of the run's.
 
-    The parts of a mix keep the ratio of their methods' own rates; the run's is the first one's. So does the head where
-    that one is a soft prompt.
+    The parts of a mix keep the ratio of their methods' own rates; the run's is the first one's.
     """
     factors: dict[nn.Parameter, float] = {}
-    done = attachment(model)
-    if done is not None and isinstance(first := done.parts[0].method, SoftPrompt):
-        heads = _head_parameters(model, done.head).values()
-        factors |= dict.fromkeys(heads, first.head_learning_rate / first.learning_rate)
     for part in (parts := _parts(model)):
         ratio = part.method.learning_rate / parts[0].method.learning_rate
         own = part.rates()
