@@ -2,8 +2,8 @@
 
 OMP_NUM_THREADS=1 python benchmarks/qlora.py [--base decoder minilm] [--layers 30] [--rounds 15]
 
-Bases are `minilm`, a classifier on real batches of 1,024 tokens, and a language model of SmolLM2-135M's configuration
-with random weights on 8 × 128 tokens. Each trains r = 8 on all its linear layers without dropout, over nf4 with double
+Bases are `minilm`, a classifier on real batches of 1,024 tokens, `smollm2` on 8 × 128 random tokens, and `decoder`, the
+latter's configuration with random weights and as many layers as asked for. Each trains r = 8 on all its linear layers without dropout, over nf4 with double
 quantisation, and is given the same attention and autocast; steps are forward and backward passes, interleaved in one
 process. That it is the same work is checked: as many parameters train, and the losses agree. Memory is the peak of a
 fresh process (VmHWM) that runs `deltatune tune` on a few batches of the reviews; loading is from a file in bf16,
@@ -40,7 +40,7 @@ from deltatune.training.attention import choose_attention
 from deltatune.training.precision import autocast, prepare
 from deltatune.weights import kernel
 
-BASES = ("decoder", "minilm")
+BASES = ("decoder", "minilm", "smollm2")
 VARIANTS = ("LoRA", "QLoRA", "PEFT")
 LABELS = ("rotten", "fresh")
 VOCABULARY = 49152
@@ -54,6 +54,8 @@ def write(base: str, layers: int, folder: Path) -> Path:
     embedded.tokenizer.save_pretrained(folder)
     if base == "minilm":
         model = embedded.model
+    elif base == "smollm2":
+        model = deltatune.load("smollm2").model
     else:
         config = LlamaConfig(
             hidden_size=576, intermediate_size=1536, num_hidden_layers=layers, num_attention_heads=9,
