@@ -1,13 +1,13 @@
 """QLoRA against LoRA over the same base in bf16, and against PEFT with bitsandbytes: steps, memory, loading.
 
-OMP_NUM_THREADS=1 python benchmarks/qlora.py [--base decoder minilm] [--layers 30] [--rounds 15]
+OMP_NUM_THREADS=1 python benchmarks/qlora.py [--base smollm2 minilm] [--layers 30] [--rounds 15]
 
 Bases are `minilm`, a classifier on real batches of 1,024 tokens, `smollm2` on 8 × 128 random tokens, and `decoder`, the
-latter's configuration with random weights and as many layers as asked for. Each trains r = 8 on all its linear layers without dropout, over nf4 with double
-quantisation, and is given the same attention and autocast; steps are forward and backward passes, interleaved in one
-process. That it is the same work is checked: as many parameters train, and the losses agree. Memory is the peak of a
-fresh process (VmHWM) that runs `deltatune tune` on a few batches of the reviews; loading is from a file in bf16,
-interleaved. For both the random model gets a classifier's head.
+configuration of the latter with random weights and as many layers as are asked for. Each trains r = 8 on all its linear
+layers without dropout, over nf4 with double quantisation, and is given the same attention and autocast; steps are
+forward and backward passes, interleaved in one process. That it is the same work is checked: as many parameters train,
+and the losses agree. Memory is the peak of a fresh process (VmHWM) that runs `deltatune tune` on a few batches of the
+reviews; loading is from a file in bf16, interleaved. For both a language model gets a classifier's head.
 """
 
 import argparse
@@ -193,7 +193,7 @@ def memory(base: str, folder: Path) -> Rows:
 def main() -> None:
     """Measures and prints the tables."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--base", nargs="+", choices=BASES, default=BASES)
+    options.add_argument("--base", nargs="+", choices=BASES, default=("smollm2", "minilm"))
     options.add_argument("--layers", type=int, default=30, help="of the decoder; SmolLM2-135M has 30")
     options.add_argument("--rounds", type=int, default=15, help="a multiple of 3 gives each variant each place")
     options.add_argument("--without-kernel", action="store_true", help="decode as where bitsandbytes is missing")
