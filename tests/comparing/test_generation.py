@@ -9,6 +9,9 @@ import pytest
 import yaml
 
 from command import Outcome, deltatune
+from deltatune.comparing.cell import run_cell
+from deltatune.comparing.experiment import make_experiment
+from deltatune.training.saved import open_adapter
 from tiny import save_tiny_language_model
 
 PAIRS = {"good": "bright", "bad": "grey", "warm": "moving", "cold": "dull"}
@@ -91,3 +94,35 @@ def test_tables_and_report_show_the_figures_of_writing(story: Story) -> None:
 def test_evaluate_repeats_the_loss_of_the_run(story: Story) -> None:
     scores = json.loads(deltatune("evaluate", story.cell("lora"), "--json").out)
     assert scores["loss"] == result(story, "lora")["test"]["loss"]
+
+
+def test_new_tokens_of_an_experiment_are_single_and_stay_with_the_adapter(tmp_path: Path) -> None:
+    save_tiny_language_model(tmp_path / "base", "llama")
+    asked = [f"the {thing} is {word}" for thing in ("film", "story", "plot", "cast") for word in PAIRS]
+    (tmp_path / "data.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": prompt, "completion": "<call> good"}) for prompt in asked)
+    )
+    content = {
+        "base": str(tmp_path / "base"),
+        "data": {"name": str(tmp_path / "data.jsonl"), "task": "generation"},
+        "methods": ["lora:rank=4,learning_rate=3e-2"],
+        "new_tokens": ["<call>"],
+        "training": {"epochs": 30, "batch_tokens": 32, "evaluations": 1},
+        "decoding": {"max_new_tokens": 3},
+    }
+    [cell] = make_experiment(content).cells()
+    result = run_cell(cell, tmp_path / "run")
+    assert result.test["exact_match"] == 1
+    ready = open_adapter(tmp_path / "run")
+    assert ready.base.tokenizer.tokenize("<call> good") == ["<call>", "good"]
+    [said] = deltatune_lines("predict", tmp_path / "run", "--input", one_line(tmp_path, "the film is cold"))
+    assert said["prediction"] == "<call> good"
+
+
+def one_line(folder: Path, text: str) -> Path:
+    (folder / "asked.txt").write_text(text + "\n")
+    return folder / "asked.txt"
+
+
+def deltatune_lines(*words: object) -> list[dict]:
+    return [json.loads(line) for line in deltatune(*words).out.splitlines()]

@@ -27,6 +27,7 @@ from deltatune.models.attach import trainable_parameters
 from deltatune.models.base import find_base, load
 from deltatune.models.count import count
 from deltatune.models.quantise import total_parameters
+from deltatune.models.vocabulary import add_tokens
 from deltatune.training.asking import asking
 from deltatune.training.events import Event, EventFile, Listener, Step
 from deltatune.training.memory import peak, resident
@@ -53,6 +54,8 @@ def run_cell(cell: Cell, folder: Path, listen: Listener = ignore) -> CellResult:
     baseline = resident()
     count(find_base(cell.base, cell.base_revision), cell.method.make(), data.labels)  # refuses before weights are read
     base = load(cell.base, revision=cell.base_revision, labels=data.labels, seed=cell.seed, storage=cell.method.storage)
+    if cell.new_tokens:
+        add_tokens(base, cell.new_tokens)
     steps: list[Step] = []
 
     def note(event: Event) -> None:

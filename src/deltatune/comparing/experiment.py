@@ -107,6 +107,7 @@ class Cell(BaseModel):
     method: MethodChoice
     training: Training
     decoding: Decoding = Decoding()
+    new_tokens: tuple[str, ...] = ()
     seed: Seed
 
     @property
@@ -134,6 +135,8 @@ class Experiment(BaseModel):
     """Settings that all methods share."""
     decoding: Decoding = Decoding()
     """How a language model writes its answers to the test prompts."""
+    new_tokens: tuple[str, ...] = ()
+    """Texts that become tokens of a language model, such as <tool>; their vectors train beside every method."""
 
     @field_validator("methods")
     @classmethod
@@ -160,6 +163,7 @@ class Experiment(BaseModel):
                 method=choice,
                 training=self._training(choice),
                 decoding=self.decoding,
+                new_tokens=self.new_tokens,
                 seed=seed,
             )
             for seed in self.seeds

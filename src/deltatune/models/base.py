@@ -282,7 +282,7 @@ def _refuse_other_task(place: Place, config: PreTrainedConfig, task: Task) -> No
     if task == "generation":
         raise UserError(
             f"'{place.id}' cannot write text: {kind} models are encoders",
-            "give labels to load it as a classifier, or use a decoder or encoder–decoder such as Llama or T5",
+            "to write, use a decoder or encoder–decoder such as smollm2 or T5; given labels, it can be a classifier",
         )
     raise UserError(
         f"'{place.id}' is no text classifier: {kind} models have no sequence classification head",
