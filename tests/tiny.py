@@ -167,7 +167,7 @@ def tiny_config(architecture: str, **options) -> PreTrainedConfig:
         architecture,
         vocab_size=VOCABULARY,
         **positions,
-        **spread.get(architecture, {"initializer_range": 0.3}),
+        **spread,
         **special,
         **(_CONFIGS[architecture] | options),
     )

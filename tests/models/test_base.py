@@ -196,7 +196,7 @@ def save_images(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("architecture", "labels", "message", "hint"),
     [
-        ("bert", (), "cannot write text: bert models are encoders", "give labels"),
+        ("bert", (), "cannot write text: bert models are encoders", "given labels"),
         ("m2m_100", ("a", "b"), "m2m_100 models have no sequence classification head", "give no labels"),
         ("vit", (), "neither a language model nor a text classifier", "such as BERT, Llama or T5"),
         ("vit", ("a", "b"), "neither a language model nor a text classifier", "such as BERT, Llama or T5"),

@@ -276,7 +276,7 @@ def test_masks_and_caches_that_leave_no_room_are_refused() -> None:
 def test_a_prefix_refuses_attention_functions_that_it_was_not_tested_with() -> None:
     model = deltatune.attach(bare_model("llama"), Prefix(5))
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(UserError, match="works with the attention implementations eager and sdpa, not with flash"):
+    with pytest.raises(UserError, match="works with the attention of eager, sdpa, deltatune_short, not with flash"):
         output(model)
 
 

@@ -129,7 +129,7 @@ def _attend(
     chosen = prefix.config._attn_implementation
     if chosen not in _KNOWN:
         raise UserError(
-            f"a prefix works with the attention implementations {' and '.join(_KNOWN)}, not with {chosen}",
+            f"a prefix works with the attention of {', '.join(_KNOWN)}, not with {chosen}",
             "model.set_attn_implementation('sdpa')",
         )
     keys, values = prefix.like(key)

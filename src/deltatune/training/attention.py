@@ -25,10 +25,13 @@ def choose_attention(model: PreTrainedModel, longest: int) -> None:
 
 
 def _outputs(model: PreTrainedModel) -> torch.Tensor:
-    """What the model gives for two short texts, one of them padded."""
-    ids = torch.arange(12).remainder(model.config.get_text_config().vocab_size).view(2, 6)
-    mask = torch.ones_like(ids)
-    mask[1, 4:] = 0
+    """What the model gives for two short texts, one of them padded. Both have one end token, which some classify by."""
+    config = model.config.get_text_config()
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    words = [id for id in range(min(64, config.vocab_size)) if id not in (*ends, config.pad_token_id)][:5]
+    end, pad = words[0] if ends[0] is None else ends[0], config.pad_token_id or 0
+    ids = torch.tensor([[*words, end], [*words[:3], end, pad, pad]])
+    mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
     decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with evaluating(model), torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.bfloat16):
         logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, **decoder).logits
