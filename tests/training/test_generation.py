@@ -160,6 +160,18 @@ def test_the_model_is_left_as_it_was():
     assert {name: module.training for name, module in model.named_modules()} == modes
 
 
+def test_the_output_layer_gets_the_last_tokens_in_one_piece():
+    """Of a slice of all tokens PyTorch makes a product with one copy of the weight for each text: gigabytes."""
+    model, words = writer("llama")
+    whole = []
+    handle = model.lm_head.register_forward_hook(lambda _, args, __: whole.append(args[0].is_contiguous()))
+    generate(model, words, prompts_of(5, 5, 5), SHORT)
+    handle.remove()
+    assert whole
+    assert all(whole)
+    assert not model.lm_head._forward_pre_hooks
+
+
 def test_the_models_own_settings_of_writing_do_not_act():
     model, words = writer("gpt2")
     usual = generate(model, words, PROMPTS, SHORT)

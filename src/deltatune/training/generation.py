@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
 from deltatune.data.batches import in_order
@@ -227,12 +227,19 @@ def _ready(
     own = model.generation_config
     settings = _settings(own, tokenizer, decoding)
     model.generation_config = GenerationConfig()  # what it has would stand in for what ours leaves open
+    handle = model.get_output_embeddings().register_forward_pre_hook(_in_one_piece)
     try:
         with evaluating(model), quiet(), autocast(precision, model.device), torch.random.fork_rng():
             torch.manual_seed(decoding.seed)
             yield settings
     finally:
+        handle.remove()
         model.generation_config = own
+
+
+def _in_one_piece(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """A copy of the last tokens' states: of a slice, PyTorch would make a product with one copy of the weight a text."""
+    return args[0].contiguous(), *args[1:]
 
 
 def _settings(own: GenerationConfig, tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> GenerationConfig:
