@@ -238,7 +238,7 @@ def _ready(
 
 
 def _in_one_piece(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """A copy of the last tokens' states: of a slice, PyTorch would make a product with one copy of the weight a text."""
+    """A copy of the last tokens' states: for a slice PyTorch would copy the weight, once for each text."""
     return args[0].contiguous(), *args[1:]
 
 
