@@ -31,16 +31,12 @@ app()
 
 @pytest.mark.parametrize("command", [(), *(tuple(words.split()) for words in COMMANDS)], ids=" ".join)
 def test_help_takes_less_than_a_second_and_shows_examples(command):
-    rounds = [
-        (
-            processor_seconds(PROGRAM, *command, "--help"),
-            processor_seconds(sys.executable, "-c", SMALLEST, *(["one"] if command else []), "--help"),
-        )
-        for _ in range(2)
-    ]
-    (took, done), (smallest, _) = (min(each, key=lambda pair: pair[0]) for each in zip(*rounds, strict=True))
-    # A machine may be slow as a whole: the second is stretched by what help costs the smallest program with commands.
-    assert took < max(1, 2 * smallest)
+    took, done = processor_seconds(PROGRAM, *command, "--help")
+    if took >= 1:
+        # A machine may be slow as a whole: then a second is what help costs the smallest program with commands, twice.
+        again = min(took, processor_seconds(PROGRAM, *command, "--help")[0])
+        words = (sys.executable, "-c", SMALLEST, *(["one"] if command else []), "--help")
+        assert again < max(1, 2 * min(processor_seconds(*words)[0] for _ in range(2)))
     assert (done.returncode, done.stderr) == (0, "")
     expected = ("Examples", f"deltatune {' '.join(command)} ") if command else FIRST_WORDS
     assert all(name in done.stdout for name in expected)
