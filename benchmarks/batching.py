@@ -23,7 +23,7 @@ from transformers import AttentionInterface
 import deltatune
 from deltatune.data.batches import Batch, epoch
 from deltatune.data.sequences import UNSCORED, Sequences
-from deltatune.training.attention import choose_attention
+from deltatune.models import short_attention as short
 from deltatune.training.language import LanguageModelling
 from deltatune.training.precision import prepare, resolve
 
@@ -35,7 +35,8 @@ def packed(sequences: Sequences, places: Sequence[int]) -> Batch:
     targets = [torch.tensor([UNSCORED, *sequences.targets[place][1:]]) for place in places]
     positions = torch.cat([torch.arange(len(ids)) for ids in inputs])
     labels = torch.cat(targets)[None]
-    row = {"input_ids": torch.cat(inputs)[None], "position_ids": positions[None]}
+    # With a cache, which is on by default, Transformers would not see where one text ends and another begins.
+    row = {"input_ids": torch.cat(inputs)[None], "position_ids": positions[None], "use_cache": torch.tensor(False)}
     return Batch(row, labels, tuple(places), len(positions), int((labels != UNSCORED).sum()))
 
 
@@ -86,7 +87,7 @@ def main() -> None:
     AttentionInterface.register("apart", apart)
 
     def run(kind: str, places: Sequence[int]) -> tuple[float, float]:
-        base.model.set_attn_implementation("apart" if kind == "packed, apart" else "eager")
+        base.model.set_attn_implementation({"packed, apart": "apart", "packed, masked": "eager"}.get(kind, short.NAME))
         batch = packed(sequences, places) if kind.startswith("packed") else task.collate(sequences, places)
         ordered = [lengths[place] for place in batch.indices]
         apart.lengths = tuple((ordered.count(length), length) for length in sorted(set(ordered)))
@@ -108,7 +109,6 @@ def main() -> None:
 
     task = LanguageModelling(base, resolve("auto"))
     prepare(base.model, resolve("auto"))
-    choose_attention(base.model, 256)
     base.model.train()
     took: dict[str, list[float]] = {kind: [] for kind in ("padded at random", *kinds)}
     for places, others in zip(grouped[: chosen.rounds + 2], mixed, strict=False):
