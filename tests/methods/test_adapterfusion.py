@@ -15,9 +15,10 @@ from deltatune import AdapterFusion, Houlsby, Pfeiffer
 from deltatune.comparing.cell import run_cell
 from deltatune.comparing.experiment import make_experiment
 from deltatune.errors import UserError
-from deltatune.methods import Site
+from deltatune.methods import Site, make
 from deltatune.models.adapters import TENSORS
-from deltatune.models.attach import adapted_layers, trainable_parameters
+from deltatune.models.attach import adapted_layers, attach, trainable_parameters
+from deltatune.models.base import find_base, outline
 from tiny import save_tiny, tiny_inputs, tiny_model
 
 PARTS = (Pfeiffer(reduction=8), Pfeiffer(reduction=4, activation="gelu", scale=2.0))
@@ -126,7 +127,11 @@ def test_an_experiment_names_the_folders_of_adapters_that_tune_has_trained(tmp_p
         words = ("--base", base, "--data", data, "--method", "pfeiffer", "--set", "reduction=8", "--seed", seed)
         assert command("tune", *words, "--epochs", 1, "--out", folder).code == 0
     content = {"base": str(base), "data": str(data), "training": {"epochs": 1}}
-    [cell] = make_experiment({**content, "methods": [f"adapterfusion:adapters=[{first}, {second}]"]}).cells()
+    experiment = make_experiment({**content, "methods": [f"adapterfusion:adapters=[{first}, {second}]"]})
+    found = find_base(str(base))
+    # A comparison tries its methods on the base's outline first, which has no weights to know it by.
+    assert attach(outline(found, labels=("0", "1")), make("adapterfusion", {"adapters": [str(first), str(second)]}))
+    [cell] = experiment.cells()
     (tmp_path / "cell").mkdir()
     result = run_cell(cell, tmp_path / "cell")
     assert result.trainable == 2 * (3 * 32**2 + 32) + 2 * 32 + 2

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from deltatune.errors import UserError, unknown
 from deltatune.methods import Method, Mixed, OverLayers, Selection, SoftPrompt
 from deltatune.models.adapted import Adapted
-from deltatune.models.fingerprint import fingerprint
+from deltatune.models.fingerprint import fingerprint, is_outline
 from deltatune.models.layers import Layers, place, put_layers
 from deltatune.models.observe import Examples, Originals
 from deltatune.models.part import Part
@@ -87,7 +87,7 @@ def attach(
     generator = torch.Generator().manual_seed(seed)
     try:
         for one in parts_of(method):
-            if isinstance(one, OverLayers):
+            if isinstance(one, OverLayers) and not is_outline(model):  # which has shapes alone, and another mark
                 one.check_base(mark)
         parts = _put_all(model, method, name, head, generator, examples, originals)
     except UserError:

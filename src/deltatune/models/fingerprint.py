@@ -35,6 +35,11 @@ def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
     return digest.hexdigest()
 
 
+def is_outline(model: nn.Module) -> bool:
+    """Whether the model has shapes and no weights."""
+    return any(parameter.is_meta for parameter in model.parameters())
+
+
 def _before_new_tokens(model: nn.Module) -> dict[str, Tensor]:
     """The base's parameters; of its embedding and output layer the rows that they had before tokens were added."""
     parameters: dict[str, Tensor] = {**base_parameters(model)}
