@@ -47,7 +47,6 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         "methods": [
             "none",
             {"method": "lora", "label": "lora", "learning_rate": 1e-2},
-            {"method": "full", "label": "full", "learning_rate": 5e-3},
         ],
         "training": {"epochs": 30, "batch_tokens": 64, "evaluations": 1},
         "decoding": {"max_new_tokens": 4},
@@ -74,10 +73,10 @@ def test_training_teaches_to_write_what_is_asked_for(story: Story) -> None:
 
 
 def test_without_training_nothing_changes_and_training_shows_in_the_loss_on_plain_text(story: Story) -> None:
-    untouched, trained = result(story, "none"), result(story, "full")
+    untouched, trained = result(story, "none"), result(story, "lora")
     assert (untouched["steps"], untouched["trainable"]) == (0, 0)
     assert untouched["plain_text"][0] == untouched["plain_text"][1]
-    assert trained["plain_text"][0] == pytest.approx(untouched["plain_text"][0], rel=0.01), "fp32 masters, not bf16"
+    assert trained["plain_text"][0] == untouched["plain_text"][0]
     assert trained["plain_text"][1] != trained["plain_text"][0]
 
 
