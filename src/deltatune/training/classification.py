@@ -7,17 +7,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from deltatune.data.batches import Batch, collate, in_order
+from deltatune.data.batches import Batch, by_length, collate
 from deltatune.data.examples import Split
 from deltatune.data.tokens import Tokens, tokenize
 from deltatune.models.base import Base
 from deltatune.training.generation import Decoding
-from deltatune.training.modes import evaluating
+from deltatune.training.modes import SCORED_TOKENS, evaluating
 from deltatune.training.precision import Computed, autocast
 from deltatune.training.task import Scores
-
-_EVALUATED = 4096
-"""Tokens in a batch that is only scored."""
 
 
 class Classification:
@@ -54,10 +51,9 @@ class Classification:
         """Loss, accuracy and macro-F1 (F1 of each class that occurs, averaged with equal weight) over every example."""
         from sklearn.metrics import f1_score
 
-        lengths = examples.lengths
         logits = torch.empty(len(examples), self.model.config.num_labels)
         with evaluating(self.model):
-            for places in in_order(lengths, _EVALUATED, sorted(range(len(lengths)), key=lengths.__getitem__)):
+            for places in by_length(examples.lengths, SCORED_TOKENS):
                 logits[places] = self.run(self.collate(examples, places)).float().cpu()
         labels = torch.tensor(examples.labels)
         predictions, sure = logits.argmax(1), logits.softmax(1).amax(1)

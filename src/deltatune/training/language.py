@@ -21,14 +21,12 @@ from deltatune.data.sequences import UNSCORED, Sequences
 from deltatune.models.base import Base
 from deltatune.scoring import score_texts
 from deltatune.training.generation import Decoding, generate, prompts_before_answers
-from deltatune.training.modes import evaluating
+from deltatune.training.modes import SCORED_TOKENS, evaluating
 from deltatune.training.precision import Computed, autocast
 from deltatune.training.task import Scores
 
 log = logging.getLogger("deltatune")
 
-_EVALUATED = 4096
-"""Tokens in a batch that is only scored."""
 _CHUNK = 2**25
 """Bytes of the float32 logits that exist at once."""
 
@@ -78,7 +76,7 @@ class LanguageModelling:
         losses = torch.zeros(len(examples), dtype=torch.float64)
         counts = torch.zeros(len(examples), dtype=torch.float64)
         with evaluating(self.model):
-            for places in by_length(examples.lengths, _EVALUATED):
+            for places in by_length(examples.lengths, SCORED_TOKENS):
                 hidden, targets, rows = self._scored(self.collate(examples, places))
                 each = [
                     F.cross_entropy(self._logits(part).float(), wanted, reduction="none")

@@ -6,6 +6,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+SCORED_TOKENS = 4096
+"""Tokens in a batch that is only scored."""
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
