@@ -1,5 +1,6 @@
 """Shapes in signatures are checked while testing; nothing is fetched from a hub."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -27,3 +28,9 @@ SLOW = ("test_readme.py", "test_interrupt.py", "test_loop.py", "test_compare.py"
 def pytest_collection_modifyitems(items: list) -> None:
     """The files that take longest first, so that no worker is left with one of them alone at the end."""
     items.sort(key=lambda item: item.path.name not in SLOW)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the garbage collector need not look through its millions of objects again."""
+    gc.collect()
+    gc.freeze()
