@@ -6,6 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # also of the processes that tests start: more threads than cores only wait
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["TORCHDYNAMO_DISABLE"] = "1"  # nothing here is compiled, and bitsandbytes would load the compiler
 
 from importlib.util import find_spec
 from pathlib import Path

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from command import PROGRAM
-from runs import cells_run_here, processes, until, write_run
+from runs import processes, until, write_run
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def test_a_terminal_shows_loss_rate_and_time_left_while_a_cell_trains(stopped):
 
 
 def test_after_ctrl_c_and_a_kill_the_same_command_goes_on(stopped, monkeypatch):
-    cells_run_here(monkeypatch)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     run, interrupted, _, killed = stopped
     assert killed.code == -signal.SIGKILL
     done = run.start("--json")
