@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, method=None, seed: int = 0, listen=ignore, **settings) -> deltatune.Tuned:
-    settings = {"precision": "fp32", "batch_tokens": 64, "learning_rate": 5e-3, **settings}
+    settings = {"precision": "fp32", "batch_tokens": 128, "learning_rate": 5e-3, **settings}
     base = deltatune.load(str(folder), labels=DATA.labels, seed=seed)
     return deltatune.tune(base, DATA, method or LoRA(rank=4), Training(**settings), seed=seed, listen=listen)
 
