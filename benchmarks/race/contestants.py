@@ -33,6 +33,7 @@ TUNED = {"dtype": "bfloat16", "bf16": True, "attention": "eager", "gradient_chec
 """As fast as we could make Transformers' Trainer with peft: bf16 base, fp32 adapters, autocast, plain attention, which
 is faster on a CPU than SDPA at these lengths, our batches of like length padded to their longest, completions alone
 scored."""
+DORA, QLORA = {**TUNED, "dora": True}, {**TUNED, "nf4": True}
 
 WORKS: Mapping[str, tuple[Contestant, ...]] = {
     "minilm": (
@@ -69,36 +70,37 @@ WORKS: Mapping[str, tuple[Contestant, ...]] = {
     "smollm2-8x128": (
         OURS,
         Contestant("probe", "the matrix products alone", "probe", kind="probe"),
-        Contestant("deltatune dora", "DoRA", "ours", {"method": "dora", "options": {"rank": 8}}, kind="dora"),
-        Contestant(
-            "deltatune qlora",
-            "LoRA over nf4",
-            "ours",
-            {"method": "lora", "options": {"rank": 8}, "storage": "nf4"},
-            kind="qlora",
-        ),
         Contestant("peft", "Trainer with peft, tuned", "trainer", TUNED),
         Contestant("peft, allocator", "Trainer with peft, tuned, with a tuned allocator", "trainer", TUNED, ALLOCATOR),
-        Contestant("peft dora", "peft's DoRA, tuned", "trainer", {**TUNED, "dora": True}, kind="dora"),
+    ),
+    "smollm2-dora": (
+        OURS,
+        Contestant("deltatune dora", "DoRA", "ours", {"method": "dora", "options": {"rank": 8}}, kind="dora"),
+        Contestant("peft dora", "peft's DoRA, tuned", "trainer", DORA, kind="dora"),
         Contestant(
             "peft dora, allocator",
             "peft's DoRA, tuned, with a tuned allocator",
             "trainer",
-            {**TUNED, "dora": True},
+            DORA,
             ALLOCATOR,
             kind="dora",
         ),
-        Contestant("peft qlora", "peft over bitsandbytes' nf4, tuned", "trainer", {**TUNED, "nf4": True}, kind="qlora"),
+    ),
+    "smollm2-qlora": (
+        OURS,
+        Contestant("deltatune qlora", "LoRA over nf4", "ours", {**OURS.settings, "storage": "nf4"}, kind="qlora"),
+        Contestant("peft qlora", "peft over bitsandbytes' nf4, tuned", "trainer", QLORA, kind="qlora"),
         Contestant(
             "peft qlora, allocator",
             "peft over bitsandbytes' nf4, tuned, with a tuned allocator",
             "trainer",
-            {**TUNED, "nf4": True},
+            QLORA,
             ALLOCATOR,
             kind="qlora",
         ),
     ),
 }
+"""Those of a work are in memory together: few enough that 16 GB hold them."""
 
 
 def contestant(work: str, name: str) -> Contestant:

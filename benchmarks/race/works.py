@@ -36,7 +36,7 @@ class Work:
     max_length: int
     learning_rate: float
     quality: tuple[str, ...]
-    validation: int = 200
+    validation: int
 
 
 WORKS: Mapping[str, Work] = {
@@ -48,10 +48,17 @@ WORKS: Mapping[str, Work] = {
         "SmolLM2 on docstrings, LoRA r=8 on all linears, batches of 8",
         *("smollm2", "docstrings", 8, 32, 3, 1 / 4, 256, 2e-4, ("loss",), 60),
     ),
-    "smollm2-8x128": Work(
-        "SmolLM2 on 8 texts of 128 tokens, all of them scored",
-        *("smollm2", "", 8, 20, 3, 1 / 4, 128, 2e-4, ("loss",), 8),
-    ),
+    **{
+        name: Work(
+            f"SmolLM2 on 8 texts of 128 tokens, all of them scored: {what}",
+            *("smollm2", "", 8, 20, 3, 1 / 4, 128, 2e-4, ("loss",), 8),
+        )
+        for name, what in (
+            ("smollm2-8x128", "LoRA r=8 and its limit"),
+            ("smollm2-dora", "DoRA r=8"),
+            ("smollm2-qlora", "QLoRA r=8 over NF4"),
+        )
+    },
 }
 
 
