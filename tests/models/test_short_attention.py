@@ -82,10 +82,11 @@ def test_attention_is_dropped_in_training_at_the_rate_that_the_model_says() -> N
     torch.testing.assert_close(several.std(0), theirs.std(0), rtol=0.3, atol=0)
 
 
-def test_an_architecture_whose_attention_is_another_keeps_its_own() -> None:
+@pytest.mark.parametrize("cap", [0.01, 50.0])
+def test_an_architecture_whose_attention_is_another_keeps_its_own(cap: float) -> None:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
     config = AutoConfig.for_model(
-        "gemma2", vocab_size=VOCABULARY, head_dim=8, num_key_value_heads=2, attn_logit_softcapping=0.01,
+        "gemma2", vocab_size=VOCABULARY, head_dim=8, num_key_value_heads=2, attn_logit_softcapping=cap,
         query_pre_attn_scalar=1, initializer_range=0.5, **sizes,
     )  # fmt: skip
     with torch.random.fork_rng():

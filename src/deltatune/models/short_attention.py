@@ -3,13 +3,15 @@
 Vaswani et al. 2017, arXiv 1706.03762, equation 1. Up to some hundred tokens plain products beat the fused kernel of a
 CPU. Transformers' own plain attention repeats the keys and values of grouped queries (Ainslie et al. 2023, arXiv
 2305.13245) for each of them, and keeps the scores in several forms. Here the queries of a group stand side by side over
-one key, and the weights are kept once, in the type of the values.
+one key, and the weights are kept once, in the type of the values. Texts that stand one after another in a single row
+are seen apart: those of one length are computed together, and nothing between two texts is computed at all.
 """
 
+from itertools import groupby
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
@@ -24,29 +26,84 @@ def attend(
     query: Float[Tensor, "texts heads queries size"],
     key: Float[Tensor, "texts groups tokens size"],
     value: Float[Tensor, "texts groups tokens size"],
-    attention_mask: Float[Tensor, "#texts #heads queries tokens"] | None,
+    attention_mask: Float[Tensor, "#texts #heads #queries #tokens"] | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     position_bias: Float[Tensor, "#texts #heads queries tokens"] | None = None,
+    cu_seq_lens_q: Int[Tensor, " bounds"] | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "texts queries heads size"], None]:
-    """The attention function that Transformers calls by the name `NAME`; it gives no attention weights."""
+    """The attention function that Transformers calls by the name `NAME`; it gives no attention weights.
+
+    `cu_seq_lens_q` is where the texts of a single row begin, and where the last one ends, as for flash attention. No
+    mask is needed then, nor looked at. Raises `NotImplementedError` where scores are capped or have sinks beside them.
+    """
+    if softcap is not None or s_aux is not None:
+        raise NotImplementedError("attention with capped scores or sinks")
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rate = dropout if module.training else 0.0
+    if cu_seq_lens_q is None:
+        bias = attention_mask if position_bias is None else position_bias
+        if position_bias is not None and attention_mask is not None:
+            bias = position_bias + attention_mask
+        return _together(query, key, value, bias, factor, rate), None
+    window = (sliding_window, bool(getattr(module, "is_causal", True)))
+    return _one_after_another(query, key, value, cu_seq_lens_q.diff().tolist(), window, factor, rate), None
+
+
+def _one_after_another(
+    query: Float[Tensor, "1 heads all size"],
+    key: Float[Tensor, "1 groups all size"],
+    value: Float[Tensor, "1 groups all size"],
+    lengths: list[int],
+    window: tuple[int | None, bool],
+    scaling: float,
+    dropout: float,
+) -> Float[Tensor, "1 all heads size"]:
+    """The attention of texts in one row, each within itself; neighbours of the same length are computed together."""
+    runs = [(len([*same]), length) for length, same in groupby(lengths)]
+    sizes = [texts * length for texts, length in runs]
+    rows = [torch.split(x.squeeze(0), sizes, 1) for x in (query, key, value)]
+    outputs = []
+    for run, q, k, v in zip(runs, *rows, strict=True):
+        q, k, v = (torch.unflatten(x, 1, run).transpose(0, 1) for x in (q, k, v))
+        outputs.append(_together(q, k, v, _visible(run[1], *window, like=q), scaling, dropout).flatten(0, 1))
+    return torch.cat(outputs)[None]
+
+
+def _together(
+    query: Float[Tensor, "texts heads queries size"],
+    key: Float[Tensor, "texts groups tokens size"],
+    value: Float[Tensor, "texts groups tokens size"],
+    bias: Float[Tensor, "#texts #heads #queries #tokens"] | None,
+    scaling: float,
+    dropout: float,
+) -> Float[Tensor, "texts queries heads size"]:
+    """The attention of texts side by side."""
     texts, heads, queries, size = query.shape
     groups, tokens = key.shape[1], key.shape[2]
-    bias = attention_mask if position_bias is None else position_bias
-    if position_bias is not None and attention_mask is not None:
-        bias = position_bias + attention_mask
     if bias is not None:  # by group, or the same for all
         bias = torch.unflatten(bias.to(query.dtype), 1, (groups if bias.shape[1] == heads > 1 else 1, -1))
-    keeps = None
-    if dropout > 0 and module.training:
-        keeps = kept((texts, groups, heads // groups, queries, tokens), dropout, query.device)
+    shape = (texts, groups, heads // groups, queries, tokens)
+    keeps = kept(shape, dropout, query.device) if dropout > 0 else None
     side_by_side = query.reshape(texts, groups, heads // groups * queries, size)
-    factor = size**-0.5 if scaling is None else scaling
-    output = _Attend.apply(side_by_side, key, value, bias, keeps, factor, dropout, queries)  # type: ignore[no-untyped-call]
-    return output.view(texts, heads, queries, size).transpose(1, 2).contiguous(), None
+    output: Tensor = _Attend.apply(side_by_side, key, value, bias, keeps, scaling, dropout, queries)  # type: ignore[no-untyped-call]
+    return output.view(texts, heads, queries, size).transpose(1, 2).contiguous()
+
+
+def _visible(
+    length: int, window: int | None, causal: bool, like: Float[Tensor, "texts heads length size"]
+) -> Float[Tensor, "1 1 length length"] | None:
+    """Minus infinity where a token would see one after it, or one that has left its window."""
+    if not causal:
+        return None
+    later = torch.full((1, 1, length, length), -torch.inf, dtype=like.dtype, device=like.device)
+    return later.triu(1) if window is None else later.triu(1) + later.tril(-window)
 
 
 class _Attend(torch.autograd.Function):

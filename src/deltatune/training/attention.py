@@ -20,7 +20,11 @@ def choose_attention(model: PreTrainedModel, longest: int) -> None:
     model.set_attn_implementation("eager")
     expected = _outputs(model)
     model.set_attn_implementation(short_attention.NAME)
-    if not torch.allclose(_outputs(model), expected, rtol=0, atol=0.02 * float(expected.abs().max())):
+    try:
+        same = torch.allclose(_outputs(model), expected, rtol=0, atol=0.02 * float(expected.abs().max()))
+    except NotImplementedError:
+        same = False
+    if not same:
         model.set_attn_implementation("eager")
 
 

@@ -6,7 +6,7 @@ few at a time: the logits of these, their loss and its gradient exist together a
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from deltatune.models.base import Base
 from deltatune.scoring import score_texts
 from deltatune.training.generation import Decoding, generate, prompts_before_answers
 from deltatune.training.modes import SCORED_TOKENS, evaluating
+from deltatune.training.packing import can_pack, packed
 from deltatune.training.precision import Computed, autocast
 from deltatune.training.task import Scores
 
@@ -42,6 +43,8 @@ class LanguageModelling:
         self._both = bool(base.model.config.is_encoder_decoder)
         self._chunked: bool | None = None
         """Whether the output layer alone makes the logits; None until it was tried."""
+        self._packed: bool | None = None
+        """Whether texts in one row are told apart; None until it was tried."""
 
     def encode(self, split: Dialogues, limit: int) -> Sequences:
         """The dialogues as token ids with their targets."""
@@ -113,11 +116,18 @@ class LanguageModelling:
         labels = batch.labels.to(self.model.device)
         if self._chunked is None:
             self._chunked = self._output_layer_alone(batch)
-        hidden = self._hidden(batch) if self._chunked else self.run(batch)
-        if not self._both:  # a decoder says each token after the one before it
-            hidden, labels = hidden[:, :-1], labels[:, 1:]
-        rows, places = (labels != UNSCORED).nonzero(as_tuple=True)
-        return hidden[rows, places], labels[rows, places], rows
+        if self._packed is None:
+            self._packed = self._chunked and can_pack(self.model, self.hidden)
+        ahead = 0 if self._both else 1  # a decoder says each token after the one before it
+        rows, places = (labels[:, ahead:] != UNSCORED).nonzero(as_tuple=True)
+        if self._packed:
+            ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+            begins = (mask.sum(1).cumsum(0) - mask.sum(1)).to(self.model.device)
+            entering = self.hidden(packed(self.model, ids, mask))[0, begins[rows] + places]
+        else:
+            hidden = self.hidden(self._inputs(batch)) if self._chunked else self.run(batch)
+            entering = hidden[rows, places]
+        return entering, labels[rows, places + ahead], rows
 
     def _logits(self, hidden: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows vocabulary"]:
         if not self._chunked:
@@ -139,7 +149,7 @@ class LanguageModelling:
             inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
         return inputs
 
-    def _hidden(self, batch: Batch) -> Float[Tensor, "examples length width"]:
+    def hidden(self, inputs: Mapping[str, Any]) -> Float[Tensor, "examples length width"]:
         """What enters the output layer: the model is stopped there."""
 
         def stop(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -148,7 +158,7 @@ class LanguageModelling:
         handle = self.model.get_output_embeddings().register_forward_pre_hook(stop)
         try:
             with autocast(self._precision, self.model.device):
-                self.model(**self._inputs(batch))
+                self.model(**inputs)
         except _Reached as reached:
             return reached.hidden
         finally:
@@ -163,7 +173,7 @@ class LanguageModelling:
         with evaluating(self.model):
             whole = self.run(one)
             self._chunked = True
-            same = torch.equal(whole, self._logits(self._hidden(one)))
+            same = torch.equal(whole, self._logits(self.hidden(self._inputs(one))))
         if not same:
             log.warning("%s changes its logits after the output layer: they are all kept", type(self.model).__name__)
         return same

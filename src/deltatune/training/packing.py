@@ -1,0 +1,71 @@
+"""Texts one after another in a single row, each seeing only itself: nothing is computed for padding.
+
+The attention has to tell the texts apart. Ours and flash attention do, when they are told where each begins; whether an
+architecture passes that on to its attention, and lets the positions begin anew, is tried out.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from deltatune.methods import SoftPrompt
+from deltatune.models import short_attention
+from deltatune.models.attach import attachment
+from deltatune.training.modes import evaluating
+
+log = logging.getLogger("deltatune")
+
+_FLASH = ("flash_attention_2", "flash_attention_3")
+
+
+def packed(
+    model: PreTrainedModel, ids: Int[Tensor, "texts length"], mask: Int[Tensor, "texts length"]
+) -> dict[str, Any]:
+    """What a decoder is called with for texts padded on the right, without their padding; its outputs have one row."""
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    real = mask.bool()
+    lengths = mask.sum(1)
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
+    longest = int(lengths.max())
+    inputs = {
+        "input_ids": ids[real][None],
+        "position_ids": torch.arange(ids.shape[1], device=ids.device).expand_as(ids)[real][None],
+        "use_cache": False,  # with a cache texts in one row would see each other
+        **{"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest},
+    }
+    if _own(model):  # Transformers hands on a mask of this form, and makes none of tokens × tokens, which nobody reads
+        inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=ids.device)
+    return inputs
+
+
+def can_pack(model: PreTrainedModel, hidden: Callable[[Mapping[str, Any]], Float[Tensor, "rows length width"]]) -> bool:
+    """Whether a decoder gives the same for packed texts as for padded ones: `hidden` calls it and is compared.
+
+    Before each text stands what a soft prompt adds, so that texts of a model that has one stay in rows of their own.
+    """
+    attached = attachment(model)
+    if model.config.is_encoder_decoder or not (_own(model) or model.config._attn_implementation in _FLASH):
+        return False
+    if attached is not None and any(isinstance(part.method, SoftPrompt) for part in attached.parts):
+        return False
+    lengths = torch.tensor([7, 5, 5, 3], device=model.device)
+    ids = torch.arange(28, device=model.device).view(4, 7) % model.config.get_text_config().vocab_size
+    mask = (torch.arange(7, device=model.device) < lengths[:, None]).long()
+    with evaluating(model):
+        padded = hidden({"input_ids": ids, "attention_mask": mask})[mask.bool()].float()
+        try:
+            alone = hidden(packed(model, ids, mask))[0].float()
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            log.debug("texts are not packed: %s", error)
+            return False
+    near = 0.02 if model.dtype == torch.bfloat16 else 1e-4
+    return alone.shape == padded.shape and torch.allclose(alone, padded, rtol=0, atol=near * float(padded.abs().max()))
+
+
+def _own(model: PreTrainedModel) -> bool:
+    return bool(model.config._attn_implementation == short_attention.NAME)
