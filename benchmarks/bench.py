@@ -1,6 +1,6 @@
 """The race against the peers: training throughput, peak memory, seconds to the first step, and what was learnt.
 
-python benchmarks/bench.py [--only WORK …] [--quick] [--starts 3] [--out benchmarks/results]
+python benchmarks/bench.py [--only WORK …] [--quick] [--out benchmarks/results]
 
 Every contestant trains the same examples of the same base, in a process of its own; they take turns step by step, so
 that whatever else the machine does slows all of them alike. Who they are and how they are set stands in
@@ -24,7 +24,6 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--only", nargs="+", choices=WORKS, default=list(WORKS))
     options.add_argument("--quick", action="store_true", help="a few steps each, to see that everything runs")
-    options.add_argument("--starts", type=int, default=3, help="fresh starts of each for the seconds to its first step")
     options.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     given = options.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
@@ -34,7 +33,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="race-") as folder:
             around = circumstances()
             facts = write(name, Path(folder), given.quick)
-            starts = 0 if not WORKS[name].data else 1 if given.quick else given.starts
+            starts = 0 if given.quick else WORKS[name].starts
             found = race(name, facts, Path(folder), starts, lambda line: print(line, file=sys.stderr, flush=True))
         path = given.out / f"{name}.json"
         path.write_text(json.dumps({**head, **around, **facts | {"batches": None}, **found}, indent=1) + "\n")

@@ -1,6 +1,6 @@
 """How a step's time and memory grow with what one chooses: rank, tokens, text length, adapted layers, adapters.
 
-python benchmarks/growth.py [--only rank tokens length layers adapters] [--steps 7] [--rounds 2] [--quick]
+python benchmarks/growth.py [--only rank tokens length layers adapters] [--steps 5] [--rounds 2] [--quick]
 
 A decoder of SmolLM2-135M's width with random weights, LoRA on its linear layers, in the machine's precision; a step is
 forward, backward and AdamW. Each point is a process of its own, forked from one that has the imports. Its time is the
@@ -170,7 +170,7 @@ def main() -> None:
     """Measures, prints and writes."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--only", nargs="+", choices=SWEEPS, default=list(SWEEPS))
-    options.add_argument("--steps", type=int, default=7)
+    options.add_argument("--steps", type=int, default=5)
     options.add_argument("--rounds", type=int, default=2)
     options.add_argument("--quick", action="store_true", help="the smallest points and two steps of each")
     options.add_argument("--out", type=Path, default=Path(__file__).parent / "results")

@@ -28,6 +28,7 @@ def race(work: str, facts: dict[str, Any], folder: Path, starts: int, say: Calla
         for entry in entries:  # one after the other: each is blocked after its first step while the next one loads
             racers[entry.name] = stack.enter_context(_start(work, entry, folder))
             found[entry.name]["steps"].append(racers[entry.name].hear())
+            found[entry.name]["first_step"].append(racers[entry.name].since_command())
             say(f"{work}: {entry.name} is ready")
         for step in range(1, facts["steps"]):
             first = step % len(entries)  # each takes a turn at being first: what ran before leaves its traces in caches
@@ -58,11 +59,11 @@ def checks(found: dict[str, dict[str, Any]], entries: Sequence[Contestant]) -> l
     ]
     for kind in dict.fromkeys(entry.kind for entry in entries):
         alike = [entry for entry in entries if entry.kind == kind]
-        losses = {entry: statistics.fmean(step["loss"] for step in found[entry.name]["steps"]) for entry in alike}
+        losses = {entry.name: statistics.fmean(one["loss"] for one in found[entry.name]["steps"]) for entry in alike}
         after = [found[entry.name]["quality"]["loss"] for entry in alike]
         rows += [
             (f"{kind}: as many parameters train", [found[entry.name]["trainable"] for entry in alike], 0.0),
-            (f"{kind}: mean loss, same batches", [losses[entry] for entry in alike if entry.same_batches], 0.05),
+            (f"{kind}: mean loss, same batches", [losses[entry.name] for entry in alike if entry.same_batches], 0.05),
             (f"{kind}: mean loss, all", [*losses.values()], 0.15),
             (f"{kind}: loss on the validation examples after training", after, 0.08),
         ]

@@ -66,6 +66,9 @@ class Racer:
         """Ends it."""
         self._process.kill()
         self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            pipe.close()
 
     def hear(self) -> dict[str, Any]:
         """What it says next; raises RuntimeError with the end of its log where it is gone."""

@@ -37,21 +37,23 @@ class Work:
     learning_rate: float
     quality: tuple[str, ...]
     validation: int
+    starts: int
+    """Fresh starts of each, beside that to the race itself, for the seconds to the first step."""
 
 
 WORKS: Mapping[str, Work] = {
     "minilm": Work(
         "MiniLM on rotten-tomatoes, LoRA r=8 on all linears, batches of 32",
-        *("minilm", "rotten-tomatoes", 32, 90, 6, 1 / 3, 128, 1e-3, ("loss", "accuracy"), 500),
+        *("minilm", "rotten-tomatoes", 32, 60, 6, 1 / 3, 128, 1e-3, ("loss", "accuracy"), 500, 3),
     ),
     "smollm2": Work(
         "SmolLM2 on docstrings, LoRA r=8 on all linears, batches of 8",
-        *("smollm2", "docstrings", 8, 32, 3, 1 / 4, 256, 2e-4, ("loss",), 60),
+        *("smollm2", "docstrings", 8, 24, 3, 1 / 4, 256, 2e-4, ("loss",), 60, 1),
     ),
     **{
         name: Work(
             f"SmolLM2 on 8 texts of 128 tokens, all of them scored: {what}",
-            *("smollm2", "", 8, 20, 3, 1 / 4, 128, 2e-4, ("loss",), 8),
+            *("smollm2", "", 8, 20, 3, 1 / 4, 128, 2e-4, ("loss",), 8, 0),
         )
         for name, what in (
             ("smollm2-8x128", "LoRA r=8 and its limit"),
