@@ -48,12 +48,12 @@ WORKS: Mapping[str, Work] = {
     ),
     "smollm2": Work(
         "SmolLM2 on docstrings, LoRA r=8 on all linears, batches of 8",
-        *("smollm2", "docstrings", 8, 24, 3, 1 / 4, 256, 2e-4, ("loss",), 60, 1),
+        *("smollm2", "docstrings", 8, 24, 2, 1 / 4, 256, 2e-4, ("loss",), 60, 1),
     ),
     **{
         name: Work(
             f"SmolLM2 on 8 texts of 128 tokens, all of them scored: {what}",
-            *("smollm2", "", 8, 20, 3, 1 / 4, 128, 2e-4, ("loss",), 8, 0),
+            *("smollm2", "", 8, 20, 2, 1 / 4, 128, 2e-4, ("loss",), 8, 0),
         )
         for name, what in (
             ("smollm2-8x128", "LoRA r=8 and its limit"),
@@ -69,7 +69,7 @@ def write(name: str, folder: Path, quick: bool) -> dict[str, Any]:
     work = WORKS[name]
     steps = work.quick if quick else work.steps
     transformers_logging.disable_progress_bar()
-    few = min(work.validation, 16) if quick else work.validation
+    few = min(work.validation, 8) if quick else work.validation
     _write_data(work, folder / "data", steps * work.batch, few)
     data = deltatune.load_data(str(folder / "data"))
     labels = list(getattr(data, "labels", ()))

@@ -19,7 +19,7 @@ def profiled(architecture: str, method: str = "lora", *, writes: bool = False, s
     return profile_step(base, deltatune.make(method, options), tokens=64, length=16, steps=1)
 
 
-@pytest.mark.parametrize(("architecture", "writes"), [("bert", False), ("llama", True), ("t5", False), ("t5", True)])
+@pytest.mark.parametrize(("architecture", "writes"), [("bert", False), ("llama", True), ("t5", False)])
 def test_the_parts_of_a_step_make_up_the_step(architecture: str, writes: bool) -> None:
     found = profiled(architecture, writes=writes, rank=2)
     assert found.parts.keys() == PARTS.keys()
