@@ -6,7 +6,7 @@ BIN := .venv/bin
 # PyTorch and Transformers again, ten seconds of a processor a time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test lint format docs clean browser
+.PHONY: setup demo test lint format docs clean browser bench speed
 
 setup: .venv/done
 
@@ -40,6 +40,17 @@ lint: setup
 format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Races the peers, which are installed for it, on this machine: about 25 minutes on two quiet cores.
+bench: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[bench]'
+	$(BIN)/python benchmarks/bench.py
+	$(BIN)/python benchmarks/growth.py
+	$(BIN)/python benchmarks/speed_page.py
+
+# docs/speed.md and the README's table from what was measured.
+speed: setup
+	$(BIN)/python benchmarks/speed_page.py
 
 docs: setup
 	$(BIN)/python -c "from deltatune.methods.describe import page; print(page(), end='')" > docs/methods.md

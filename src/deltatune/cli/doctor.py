@@ -1,0 +1,88 @@
+"""`deltatune doctor`: what runs use on this machine and why, and where a training step goes."""
+
+import json as jsonlib
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from deltatune.cli import options
+
+if TYPE_CHECKING:
+    from deltatune.training.profile import Profile
+
+EXAMPLES = """
+**Examples**
+
+    deltatune doctor
+
+    deltatune doctor --base ./my-bert
+
+    deltatune doctor --profile --base smollm2 --method lora:rank=16 --tokens 1024 --length 128
+"""
+
+
+def command(
+    base: Annotated[str, typer.Option(help="Look at this base, too.")] = "",
+    profile: Annotated[bool, typer.Option("--profile", help="Run training steps and show where they go.")] = False,
+    method: Annotated[str, typer.Option(help="Method of these steps, such as lora:rank=16.")] = "lora",
+    storage: Annotated[str, typer.Option(help="Storage of the base in these steps.")] = "",
+    tokens: Annotated[int, typer.Option(min=2, help="Tokens of a step.")] = 1024,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of each of its texts.")] = 128,
+    json: options.Json = False,
+) -> None:
+    """Says what runs use on this machine and why; with --profile, where a training step goes, beside its limit."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler writes to stderr otherwise
+    from deltatune.cli.progress import waiting
+
+    with waiting("looking"):
+        from deltatune.methods import make, parse
+        from deltatune.models.base import load
+        from deltatune.training.doctor import examine_base, examine_machine
+
+        findings, found = examine_machine(), None
+        if base or profile:
+            loaded = load(base or "minilm", labels=_labels(base or "minilm"), storage=storage)
+            findings += examine_base(loaded, length)
+        if profile:
+            from deltatune.training.profile import profile_step
+
+            name, given = parse(method)
+            found = profile_step(loaded, make(name, given), tokens=tokens, length=length)
+    if json:
+        said: dict[str, Any] = {"findings": [asdict(finding) for finding in findings]}
+        print(
+            jsonlib.dumps(said | ({"profile": asdict(found) | {"reached": found.reached}} if found else {}), indent=2)
+        )
+        return
+    console = options.table_console()
+    table = Table("what", "chosen", "why", box=None)
+    for finding in findings:
+        table.add_row(finding.what, finding.chosen, finding.why)
+    console.print(table)
+    if found:
+        console.print(_step(found))
+
+
+def _labels(base: str) -> tuple[str, ...]:
+    """Two labels for a base that cannot write."""
+    from deltatune.models.base import find_base, tasks
+
+    return () if "generation" in tasks(find_base(base)) else ("no", "yes")
+
+
+def _step(profile: "Profile") -> Table:
+    from deltatune.training.profile import PARTS
+
+    table = Table("part", "what", box=None, title_justify="left")
+    table.title = (
+        f"a step of {profile.tokens:,} tokens in {profile.precision}: {1000 * profile.seconds:,.0f} ms; its products "
+        f"with frozen weights alone take {1000 * profile.limit:,.0f} ms, {profile.reached:.0%} of it"
+    )
+    table.add_column("ms", justify="right")
+    table.add_column("share", justify="right")
+    for part, seconds in sorted(profile.parts.items(), key=lambda item: -item[1]):
+        table.add_row(part, PARTS[part], f"{1000 * seconds:,.1f}", f"{seconds / profile.seconds:.0%}")
+    return table
