@@ -13,12 +13,12 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
 aten = torch.ops.aten
 _META, _CPU = torch.device("meta"), torch.device("cpu")
@@ -28,6 +28,7 @@ class Shape(Tensor):
     """A tensor without numbers that PyTorch takes for one on the CPU."""
 
     meta: Tensor
+    is_meta = True  # type: ignore[assignment]  # a model of such is an outline
     __slots__ = ["meta"]
 
     @staticmethod
@@ -78,6 +79,8 @@ class Traced:
     """Bytes that were alive at named moments."""
     calls: float = 0.0
     """Operations in all, views among them."""
+    kept: Counter[str] = field(default_factory=Counter)
+    """Bytes that lived when the backward pass began, by the module that made them; empty where nobody asked."""
 
     @property
     def flops(self) -> float:
@@ -106,6 +109,10 @@ class Trace(TorchDispatchMode):
         self._live: dict[int, list[int]] = {}  # storage → bytes, tensors
         self._now = 0
         self._callbacks: dict[int, weakref.ref[Tensor]] = {}
+        self._forward = True
+        self.places: list[str] | None = None
+        """The modules that run now, the innermost last, where the caller keeps them: what is kept is told by them."""
+        self._born: dict[int, str] = {}
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs one operation."""
@@ -121,28 +128,27 @@ class Trace(TorchDispatchMode):
 
     def _run(self, operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         packet = operation._overloadpacket
+        if operation.namespace == "deltatune":
+            return self._decode(args)
         if answer := _ANSWERS.get(packet):
             return self._wrap(answer(self, args), {}, operation, args)
         known: dict[int, Shape] = {}
-        flat, form = tree_flatten((args, kwargs))
-        for place, value in enumerate(flat):
-            if isinstance(value, Shape):
-                known[id(value.meta)] = value
-                flat[place] = value.meta
-            elif isinstance(value, Tensor) and not value.is_meta:
-                flat[place] = value.to(_META) if value.ndim else value
-            elif isinstance(value, torch.device):
-                flat[place] = _META
-            elif isinstance(value, torch.Generator):
-                flat[place] = None
-        inner, options = tree_unflatten(flat, form)
-        if packet in _FACTORIES and "device" in {a.name for a in operation._schema.arguments}:
+
+        inner = [_bare(value, known) for value in args]
+        options = {name: _bare(value, known) for name, value in kwargs.items() if name not in _LEFT_OUT}
+        fresh, has_device = _form(operation)
+        if has_device:
             options["device"] = _META
-        options.pop("generator", None) if packet in _RANDOM else None
-        options.pop("pin_memory", None)
         with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
-            out = operation(*inner, **options)
-        return self._wrap(out, known, operation, flat)
+            out = _fresh(operation, inner, options) if fresh else operation(*inner, **options)
+        return self._wrap(out, known, operation, inner)
+
+    def _decode(self, args: Any) -> None:
+        codes, *_, words, out, _ = args
+        self.traced.calls += 1
+        numbers = out.numel()
+        size = numbers * out.element_size() + codes.nbytes * numbers // max(1, codes.numel())
+        self.traced.work[Work(f"decode {words.partition(':')[0]}", out.dtype, (numbers,), size)] += 1
 
     def _wrap(self, out: Any, known: Mapping[int, Shape], operation: Any, inputs: list[Any]) -> Any:
         if isinstance(out, Tensor):
@@ -157,7 +163,7 @@ class Trace(TorchDispatchMode):
     def _one(self, meta: Tensor, known: Mapping[int, Shape]) -> Tensor:
         if (same := known.get(id(meta))) is not None:
             return same
-        if not meta.is_meta:
+        if meta.device != _META:
             return meta
         made = Shape(meta)
         self._watch(made, meta)
@@ -169,6 +175,8 @@ class Trace(TorchDispatchMode):
         entry = self._live.get(key)
         if entry is None:
             self._live[key] = entry = [storage.nbytes(), 0]
+            if self.places:
+                self._born[key] = self.places[-1]
             self._now += entry[0]
             self.traced.peak = max(self.traced.peak, self._now)
         entry[1] += 1
@@ -185,18 +193,25 @@ class Trace(TorchDispatchMode):
     def _note(self, operation: Any, inputs: list[Any], out: Any, known: Mapping[int, Shape]) -> None:
         traced = self.traced
         traced.calls += 1
+        if self._forward and torch._C._current_graph_task_id() != -1:  # the first operation of a backward pass
+            self._forward = False
+            traced.marks["forward"] = self._now
+            if self.places is not None:
+                traced.kept = Counter()
+                for key, (size, _) in self._live.items():
+                    traced.kept[self._born.get(key, "")] += size
         name = operation._overloadpacket.__name__
-        outputs = [out] if isinstance(out, Tensor) else [one for one in out or () if isinstance(one, Tensor)]
+        outputs = [one for one in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(one, Tensor)]
         read = [one for one in inputs if isinstance(one, Tensor)]
+        read += [one for value in inputs if isinstance(value, list) for one in value if isinstance(one, Tensor)]
         if name in PRODUCTS:
-            a = [one for one in tree_flatten(inputs)[0] if isinstance(one, Tensor)]
-            shape = PRODUCTS[name](*a)
-            size = sum(one.nbytes for one in a) + sum(one.nbytes for one in outputs)
+            shape = PRODUCTS[name](*read)
+            size = sum(one.nbytes for one in (*read, *outputs))
             traced.work[Work(name, outputs[0].dtype, shape, size)] += 1
             return
         if name in _VIEWS or not outputs and not name.endswith("_"):
             return
-        sizes = [one.nbytes for one in read if one.is_meta]
+        sizes = [one.nbytes for one in read]
         written = max((one.numel() for one in (*outputs, *read)), default=0)
         dtype = max((*outputs, *read), key=lambda one: one.nbytes, default=torch.empty(0)).dtype
         traced.work[Work(name, dtype, (written,), sum(sizes) + sum(one.nbytes for one in outputs))] += 1
@@ -228,21 +243,81 @@ def _nothing(trace: Trace, args: Any) -> None:
 
 
 _ANSWERS: Mapping[Any, Callable[[Trace, Any], Any]] = {
-    aten._local_scalar_dense: lambda trace, args: 1 if not args[0].is_floating_point() else 1.0,
-    aten.equal: lambda trace, args: True,
+    aten._local_scalar_dense: lambda trace, args: torch.ones((), dtype=args[0].dtype).item(),
+    aten.equal: lambda trace, args: False,
     aten.nonzero: _nonzero,
     aten._unique2: _unique,
     aten.is_nonzero: lambda trace, args: True,
 }
-"""What depends on numbers, and decoding, which is no operation of PyTorch's."""
+"""What depends on numbers."""
 
-_FACTORIES = {
-    *(aten.empty, aten.zeros, aten.ones, aten.full, aten.arange, aten.rand, aten.randn, aten.randint, aten.randperm),
-    *(aten.empty_strided, aten.scalar_tensor, aten.eye, aten.linspace, aten.tril_indices, aten.triu_indices),
-    *(aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like, aten.rand_like, aten.randn_like),
-    *(aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty_strided, aten._to_copy),
-}
-_RANDOM = {aten.rand, aten.randn, aten.randint, aten.randperm}
+
+_LEFT_OUT = frozenset(("generator", "pin_memory"))
+
+
+def _bare(value: Any, known: dict[int, Shape]) -> Any:
+    """An argument with meta tensors in the place of shapes, which are put into `known`.
+
+    No closure: one that calls itself is a cycle, and would keep every tensor until the garbage is collected.
+    """
+    if isinstance(value, Shape):
+        known[id(value.meta)] = value
+        return value.meta
+    if isinstance(value, Tensor):
+        return value if value.device == _META or not value.ndim else value.to(_META)
+    if isinstance(value, (list, tuple)):
+        return [_bare(one, known) for one in value]
+    return value
+
+
+@cache
+def _form(operation: Any) -> tuple[bool, bool]:
+    """Whether all that it gives is new memory, and whether it is told a device."""
+    schema = operation._schema
+    aliased = any(one.alias_info is not None for one in (*schema.arguments, *schema.returns))
+    aliased |= operation._overloadpacket is aten._unsafe_view  # which says that it is not
+    return not aliased, any(one.name == "device" for one in schema.arguments)
+
+
+_seen: dict[Any, Any] = {}
+"""What operations gave for inputs of certain shapes: to look it up takes a tenth of the time of working it out."""
+
+
+def _fresh(operation: Any, args: list[Any], options: dict[str, Any]) -> Any:
+    """Runs an operation on meta tensors, or makes what it gave the last time for such ones."""
+    key = (operation, *map(_key, args), *((name, _key(value)) for name, value in options.items()))
+    try:
+        found = _seen.get(key)
+    except TypeError:
+        return operation(*args, **options)
+    if found is None:
+        out = operation(*args, **options)
+        _seen[key] = _recipe(out)
+        return out
+    return _made(found)
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    return tuple(map(_key, value)) if isinstance(value, list) else (type(value), value)
+
+
+def _recipe(out: Any) -> Any:
+    if isinstance(out, Tensor):
+        return tuple(out.shape), out.stride(), out.dtype
+    return [_recipe(one) for one in out] if isinstance(out, (list, tuple)) else None
+
+
+def _made(recipe: Any) -> Any:
+    if isinstance(recipe, list):
+        return tuple(map(_made, recipe))
+    if recipe is None:
+        return None
+    shape, stride, dtype = recipe
+    return torch.empty_strided(shape, stride, dtype=dtype, device=_META)
+
+
 _VIEWS = frozenset(
     "view _unsafe_view t transpose permute detach alias expand slice select unsqueeze squeeze split "
     "split_with_sizes unbind as_strided chunk lift_fresh empty empty_like empty_strided new_empty "
@@ -257,7 +332,8 @@ def shaped(model: nn.Module) -> None:
 
     def of(tensor: Tensor) -> Tensor:
         if tensor not in made:
-            new: Tensor = Shape(tensor.detach().to(_META))
+            bare = tensor.meta.to(tensor.dtype) if isinstance(tensor, Shape) else tensor.detach().to(_META)
+            new: Tensor = Shape(bare)
             if isinstance(tensor, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=tensor.requires_grad)
             made[tensor] = new
@@ -268,6 +344,3 @@ def shaped(model: nn.Module) -> None:
             for name, tensor in held.items():
                 if tensor is not None:
                     held[name] = cast(Any, of(tensor))
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                setattr(module, name, of(value))
