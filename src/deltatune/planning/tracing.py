@@ -33,6 +33,8 @@ class Shape(Tensor):
 
     @staticmethod
     def __new__(cls, meta: Tensor) -> "Shape":
+        if isinstance(meta, Shape):  # made within a trace
+            return meta
         made: Shape = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             meta.size(),
@@ -73,14 +75,20 @@ class Traced:
 
     work: Counter[Work] = field(default_factory=Counter)
     """How often each operation ran. Views of what is there are not counted."""
-    peak: float = 0.0
-    """Most bytes that were alive at once, what was there before the trace left out."""
-    marks: dict[str, float] = field(default_factory=dict)
-    """Bytes that were alive at named moments."""
+    peaks: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Most bytes that were alive at once in the forward pass, and in each half of the backward pass; what was there
+    before the trace is left out."""
+    forward: float = 0.0
+    """Bytes that were alive when the backward pass began: what is kept for it."""
     calls: float = 0.0
     """Operations in all, views among them."""
     kept: Counter[str] = field(default_factory=Counter)
     """Bytes that lived when the backward pass began, by the module that made them; empty where nobody asked."""
+
+    @property
+    def peak(self) -> float:
+        """Most bytes that were alive at once."""
+        return max(self.peaks)
 
     @property
     def flops(self) -> float:
@@ -102,14 +110,20 @@ PRODUCTS: Mapping[str, Callable[..., tuple[int, ...]]] = {
 class Trace(TorchDispatchMode):
     """Within the block every operation is run on shapes and noted in `traced`."""
 
-    def __init__(self, scored: int | None = None) -> None:
+    def __init__(self, scored: int | None = None, there: nn.Module | None = None) -> None:
         super().__init__()
         self.traced = Traced()
         self._scored = scored
         self._live: dict[int, list[int]] = {}  # storage → bytes, tensors
         self._now = 0
+        for tensor in (*there.parameters(), *there.buffers()) if there is not None else ():
+            if isinstance(tensor, Shape):  # is there before, and so are views of it
+                self._live[tensor.meta.untyped_storage()._cdata] = [0, 1]
         self._callbacks: dict[int, weakref.ref[Tensor]] = {}
-        self._forward = True
+        self._highs = [0]
+        """What was alive at the highest in each operation."""
+        self._begun: int | None = None
+        """With which of them the backward pass began."""
         self.places: list[str] | None = None
         """The modules that run now, the innermost last, where the caller keeps them: what is kept is told by them."""
         self._born: dict[int, str] = {}
@@ -118,13 +132,13 @@ class Trace(TorchDispatchMode):
         """Runs one operation."""
         return self._run(operation, args, kwargs or {})
 
-    def mark(self, name: str) -> None:
-        """Notes what is alive now."""
-        self.traced.marks[name] = self._now
-
-    def restart(self) -> None:
-        """Forgets the peak so far."""
-        self.traced.peak = self._now
+    def __exit__(self, *exception: Any) -> None:
+        """Ends the trace."""
+        super().__exit__(*exception)
+        before, after = self._highs[: self._begun], self._highs[self._begun :]
+        middle = len(after) // 2
+        parts = (before, after[:middle], after[middle:])
+        self.traced.peaks = cast(Any, tuple(float(max(part, default=0)) for part in parts))
 
     def _run(self, operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         packet = operation._overloadpacket
@@ -135,9 +149,11 @@ class Trace(TorchDispatchMode):
         known: dict[int, Shape] = {}
 
         inner = [_bare(value, known) for value in args]
-        options = {name: _bare(value, known) for name, value in kwargs.items() if name not in _LEFT_OUT}
+        options = {name: _bare(value, known) for name, value in kwargs.items() if name != "pin_memory"}
+        if packet is aten.index:
+            inner[1] = _as_places(inner[1])
         fresh, has_device = _form(operation)
-        if has_device:
+        if has_device and not any(value is _META for value in inner):
             options["device"] = _META
         with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
             out = _fresh(operation, inner, options) if fresh else operation(*inner, **options)
@@ -178,7 +194,7 @@ class Trace(TorchDispatchMode):
             if self.places:
                 self._born[key] = self.places[-1]
             self._now += entry[0]
-            self.traced.peak = max(self.traced.peak, self._now)
+            self._highs[-1] = max(self._highs[-1], self._now)
         entry[1] += 1
 
         def gone(ref: Any, key: int = key, entry: list[int] = entry, me: int = id(made)) -> None:
@@ -193,9 +209,10 @@ class Trace(TorchDispatchMode):
     def _note(self, operation: Any, inputs: list[Any], out: Any, known: Mapping[int, Shape]) -> None:
         traced = self.traced
         traced.calls += 1
-        if self._forward and torch._C._current_graph_task_id() != -1:  # the first operation of a backward pass
-            self._forward = False
-            traced.marks["forward"] = self._now
+        self._highs.append(self._now)
+        if self._begun is None and torch._C._current_graph_task_id() != -1:  # the first operation of a backward pass
+            self._begun = len(self._highs) - 1
+            traced.forward = self._now
             if self.places is not None:
                 traced.kept = Counter()
                 for key, (size, _) in self._live.items():
@@ -252,9 +269,6 @@ _ANSWERS: Mapping[Any, Callable[[Trace, Any], Any]] = {
 """What depends on numbers."""
 
 
-_LEFT_OUT = frozenset(("generator", "pin_memory"))
-
-
 def _bare(value: Any, known: dict[int, Shape]) -> Any:
     """An argument with meta tensors in the place of shapes, which are put into `known`.
 
@@ -265,9 +279,22 @@ def _bare(value: Any, known: dict[int, Shape]) -> Any:
         return value.meta
     if isinstance(value, Tensor):
         return value if value.device == _META or not value.ndim else value.to(_META)
+    if isinstance(value, torch.device):
+        return _META
+    if isinstance(value, torch.Generator):
+        return None
     if isinstance(value, (list, tuple)):
         return [_bare(one, known) for one in value]
     return value
+
+
+def _as_places(indices: list[Tensor | None]) -> list[Tensor | None]:
+    """Indices with places in the stead of masks, as many as these could have at most."""
+    found: list[Tensor | None] = []
+    for one in indices:
+        masks = isinstance(one, Tensor) and one.dtype == torch.bool
+        found += [_empty(one.numel())] * one.ndim if masks and one is not None else [one]
+    return found
 
 
 @cache

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 from deltatune.models import short_attention
 from deltatune.training.modes import evaluating
 
-_SHORT = 256
+SHORT = 256
 """Tokens up to which plain batched products beat the fused kernel on a CPU; see benchmarks/step.py."""
 
 
@@ -15,7 +15,7 @@ def choose_attention(model: PreTrainedModel, longest: int) -> None:
 
     For short ones on a CPU that is our own, where it gives what the architecture's own plain attention gives.
     """
-    if model.device.type != "cpu" or longest > _SHORT:
+    if model.device.type != "cpu" or longest > SHORT:
         return
     model.set_attn_implementation("eager")
     expected = _outputs(model)
