@@ -33,13 +33,13 @@ METHODS = (
     *("hira", "oft", "waveft", "shira", "houlsby", "parallel", "prompt", "prefix", "bitfit", "last-k"),
 )
 STORED = ("lora", "dora", "vera")
-SHAPES = {"minilm": ((512, 64), (2048, 64)), "smollm2": ((512, 128), (1024, 256))}
+SHAPES = {"minilm": ((512, 64), (1024, 32)), "smollm2": ((256, 128), (512, 160))}
 """Tokens of a batch, and the longest example."""
 
 
 def cells(bases: list[str]) -> Iterator[dict[str, Any]]:
     """Every cell, as what a process is told."""
-    for place in (1, 0):
+    for place in (0, 1):
         for words in METHODS:
             for base in bases:
                 tokens, longest = SHAPES[base][place]
@@ -141,7 +141,9 @@ def report(rows: list[dict[str, Any]], steps: int) -> None:
         data = data.limited(train=max(16, some), validation=80, test=20, seed=0)
         settings = Training(batch_tokens=cell["tokens"], max_length=cell["longest"], evaluations=1, epochs=0.5)
         name, options = parse(cell["method"])
-        plan = plan_run(cell["base"], data, deltatune.make(name, options), settings, storage=cell["storage"], forked=True)
+        plan = plan_run(
+            cell["base"], data, deltatune.make(name, options), settings, storage=cell["storage"], forked=True
+        )
         planned = plan.memory.peak
         memory.append(planned / measured["peak"] - 1)
         times.append(plan.seconds_per_token / measured["seconds_per_token"] - 1)

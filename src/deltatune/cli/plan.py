@@ -34,9 +34,7 @@ def command(
     tokens: Annotated[int, typer.Option(help="Tokens in a batch.", min=1)] = 1024,
     length: Annotated[int, typer.Option(help="Tokens of an example.", min=1)] = 128,
     examples: Annotated[int | None, typer.Option(help="Training examples: says how long the run takes.", min=1)] = None,
-    labels: Annotated[
-        int | None, typer.Option(help="Labels of a classifier; 0 for a language model.", min=0)
-    ] = None,
+    labels: Annotated[int | None, typer.Option(help="Labels of a classifier; 0 for a language model.", min=0)] = None,
     machine: options.Machine = "",
     epochs: options.Epochs = None,
     precision: options.Precision = None,
@@ -132,6 +130,6 @@ def size(count: float) -> str:
 def seconds(count: float) -> str:
     """A time as people read it."""
     for unit, scale in (("h", 3600.0), ("min", 60.0), ("s", 1.0)):
-        if count >= 1.5 * scale or unit == "s" and count >= 1:
+        if count >= 1.5 * scale or (unit == "s" and count >= 1):
             return f"{count / scale:.3g} {unit}"
     return f"{1000 * count:.3g} ms"

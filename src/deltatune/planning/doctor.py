@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +46,23 @@ _MOST = 1.2e9
 """Operations of the largest measured product."""
 _NUMBERS = (2**10, 2**15, 2**18, 2**21)
 """Numbers in the tensors of everything else."""
-_FORM = 1
+_FORM = 2
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+_UNMEASURED = "a guess: `deltatune doctor` measures this machine"
+
+
 def this_machine(measure: bool = False) -> Machine:
-    """This machine as it was measured last; it is measured where it never was, or where that is asked for."""
+    """This machine as it was measured last, or now where that is asked for; a guess where it never was."""
     path = _path()
     if path.is_file() and not measure:
         try:
             return from_json(read_json(path))
         except (UserError, KeyError, TypeError):  # damaged, or from another version
             pass
+    if not measure:
+        return _guessed()
     machine = _measured()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, machine.as_json())
@@ -84,6 +90,21 @@ def _measured() -> Machine:
         call=0.0,
     )
     return replace(machine, call=_call(machine))
+
+
+def _guessed() -> Machine:
+    threads = torch.get_num_threads()
+    process = Overhead(400 * 2**20, 420 * 2**20, 460 * 2**20, 560 * 2**20)
+    return Machine(
+        name=f"this machine, {threads} threads ({_UNMEASURED})",
+        memory=_memory(),
+        precision=resolve("auto"),
+        source=_UNMEASURED,
+        processes={"fresh": process, "forked": process},
+        peaks={"float32": 1e11 * threads, "bfloat16": (4e11 if resolve("auto") == "bf16" else 2e10) * threads},
+        bandwidth=1.5e10,
+        call=3e-5,
+    )
 
 
 def _memory() -> int:
@@ -117,15 +138,18 @@ def _processes() -> dict[str, Overhead]:
     return {name: Overhead(*found) for name, found in json.loads(done.stdout.splitlines()[-1]).items()}
 
 
-def small_run() -> tuple[int, int, int]:
-    """Resident memory of this process now, when it has loaded a tiny model, and when it has trained it."""
+def small_run() -> tuple[int, int, int, int]:
+    """Resident memory of this process now, and once it has loaded a tiny model, trained it, and scored it."""
     before = resident()
     with tempfile.TemporaryDirectory() as folder:
         BertForSequenceClassification(_config()).save_pretrained(folder)
         model = BertForSequenceClassification.from_pretrained(folder)
     loaded = peak()
     _real_step(model, _SMALL, resolve("auto"))
-    return before, loaded, peak()
+    trained, then = peak(), resident()
+    import sklearn.metrics  # noqa: F401  # as scoring does
+
+    return before, loaded, trained, trained + resident() - then
 
 
 def _took(run: Callable[[], Any]) -> float:
@@ -156,68 +180,75 @@ def _products(dtype: torch.dtype) -> list[tuple[tuple[float, ...], float]]:
                     a, b = torch.randn(batch, m, k, dtype=dtype), torch.randn(batch, n, k, dtype=dtype).transpose(1, 2)
                     if batch == 1:
                         a, b = a[0], b[0]
-                    found.append(((batch, m, k, n), _took(lambda a=a, b=b: a @ b)))  # type: ignore[misc]
+                    found.append(((batch, m, k, n), _took(partial(torch.matmul, a, b))))
     return found
 
 
 def _moves(dtype: torch.dtype) -> dict[str, list[tuple[float, float]]]:
     found: dict[str, list[tuple[float, float]]] = {}
     for numbers in _NUMBERS:
-        x = torch.randn(numbers // 64, 64, dtype=dtype)
-        wide, ids = torch.randn(512, 64, dtype=dtype), torch.randint(0, 512, (numbers // 64,))
-        size, ones = x.nbytes, torch.ones(64, dtype=dtype)
-        soft, mask = x.softmax(-1), x > 0
-        out, mean, scale = torch.native_layer_norm(x, [64], ones, ones, 1e-5)
-        backward = (x, x, [64], mean, scale, ones, ones, [True, True, True])
-        words = torch.empty(numbers // 4 + 1, dtype=torch.int64)
-        other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
-        runs: dict[str, tuple[Callable[[], Any], float]] = {
-            "mul": (lambda: x * x, 3 * size),
-            "add": (lambda: x + x, 3 * size),
-            "mul_": (lambda: x.mul_(1.0), 2 * size),
-            "add_": (lambda: x.add_(x, alpha=0.0), 3 * size),
-            "clone": (lambda: x.clone(), 2 * size),
-            "copy_": (lambda: out.copy_(x), 2 * size),
-            "_to_copy": (lambda: x.to(other), size + numbers * other.itemsize),
-            "cat": (lambda: torch.cat((x, x)), 4 * size),
-            "sum": (lambda: x.sum(0), size),
-            "mean": (lambda: x.mean(-1), size),
-            "pow": (lambda: x.pow(2), 2 * size),
-            "neg": (lambda: -x, 2 * size),
-            "zeros": (lambda: torch.zeros_like(x), size),
-            "new_zeros": (lambda: torch.zeros_like(x), size),
-            "gelu": (lambda: F.gelu(x), 2 * size),
-            "gelu_backward": (lambda: torch.ops.aten.gelu_backward(x, x), 3 * size),
-            "silu": (lambda: F.silu(x), 2 * size),
-            "silu_backward": (lambda: torch.ops.aten.silu_backward(x, x), 3 * size),
-            "relu": (lambda: F.relu(x), 2 * size),
-            "tanh": (lambda: x.tanh(), 2 * size),
-            "tanh_backward": (lambda: torch.ops.aten.tanh_backward(x, x), 3 * size),
-            "_softmax": (lambda: x.softmax(-1), 2 * size),
-            "_log_softmax": (lambda: x.log_softmax(-1), 2 * size),
-            "_softmax_backward_data": (lambda: torch._softmax_backward_data(x, soft, -1, dtype), 3 * size),
-            "_log_softmax_backward_data": (
-                lambda: torch.ops.aten._log_softmax_backward_data(x, soft, -1, dtype),
-                3 * size,
-            ),
-            "native_layer_norm": (lambda: torch.native_layer_norm(x, [64], ones, ones, 1e-5), 2 * size),
-            "native_layer_norm_backward": (lambda: torch.ops.aten.native_layer_norm_backward(*backward), 3 * size),
-            "random_": (lambda: words.random_(-(2**63), None), 2 * words.nbytes),
-            "ge": (lambda: x >= 0.5, size + numbers),
-            "where": (lambda: torch.where(mask, x, x), 3 * size + numbers),
-            "embedding": (lambda: F.embedding(ids, wide), size + wide.nbytes),
-            "index": (lambda: x[ids % len(x)], 2 * size),
-            "index_select": (lambda: wide[ids], size + wide.nbytes),
-        }
-        for name, (run, moved) in runs.items():
+        for name, (run, moved) in (_runs(dtype, numbers) | _decodings(dtype, numbers)).items():
             found.setdefault(name, []).append((moved, _took(run)))
-        for words_ in ("nf4", "nf3", "int8"):
-            storage = parse_storage(words_)
-            packed, into = encode(x.float(), storage), torch.empty(numbers, dtype=dtype)
-            moved = into.nbytes + packed.codes.nbytes
-            took = _took(lambda p=packed, s=storage, o=into: decode(p, s, o))  # type: ignore[misc]
-            found.setdefault(f"decode {words_}", []).append((moved, took))
     return found
+
+
+def _decodings(dtype: torch.dtype, numbers: int) -> dict[str, tuple[Callable[[], Any], float]]:
+    found: dict[str, tuple[Callable[[], Any], float]] = {}
+    for words in ("nf4", "nf3", "int8"):
+        storage = parse_storage(words)
+        packed, into = encode(torch.randn(numbers // 64, 64), storage), torch.empty(numbers, dtype=dtype)
+        found[f"decode {words}"] = (partial(decode, packed, storage, into), into.nbytes + packed.codes.nbytes)
+    return found
+
+
+def _runs(dtype: torch.dtype, numbers: int) -> dict[str, tuple[Callable[[], Any], float]]:
+    """Operations on tensors of so many numbers, and the bytes that they read and write."""
+    x = torch.randn(numbers // 64, 64, dtype=dtype)
+    wide, ids = torch.randn(512, 64, dtype=dtype), torch.randint(0, 512, (numbers // 64,))
+    size, ones = x.nbytes, torch.ones(64, dtype=dtype)
+    soft, mask = x.softmax(-1), x > 0
+    out, mean, scale = torch.native_layer_norm(x, [64], ones, ones, 1e-5)
+    backward = (x, x, [64], mean, scale, ones, ones, [True, True, True])
+    words = torch.empty(numbers // 4 + 1, dtype=torch.int64)
+    other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+    return {
+        "mul": (lambda: x * x, 3 * size),
+        "add": (lambda: x + x, 3 * size),
+        "mul_": (lambda: x.mul_(1.0), 2 * size),
+        "add_": (lambda: x.add_(x, alpha=0.0), 3 * size),
+        "clone": (lambda: x.clone(), 2 * size),
+        "copy_": (lambda: out.copy_(x), 2 * size),
+        "_to_copy": (lambda: x.to(other), size + numbers * other.itemsize),
+        "cat": (lambda: torch.cat((x, x)), 4 * size),
+        "sum": (lambda: x.sum(0), size),
+        "mean": (lambda: x.mean(-1), size),
+        "pow": (lambda: x.pow(2), 2 * size),
+        "neg": (lambda: -x, 2 * size),
+        "zeros": (lambda: torch.zeros_like(x), size),
+        "new_zeros": (lambda: torch.zeros_like(x), size),
+        "gelu": (lambda: F.gelu(x), 2 * size),
+        "gelu_backward": (lambda: torch.ops.aten.gelu_backward(x, x), 3 * size),
+        "silu": (lambda: F.silu(x), 2 * size),
+        "silu_backward": (lambda: torch.ops.aten.silu_backward(x, x), 3 * size),
+        "relu": (lambda: F.relu(x), 2 * size),
+        "tanh": (lambda: x.tanh(), 2 * size),
+        "tanh_backward": (lambda: torch.ops.aten.tanh_backward(x, x), 3 * size),
+        "_softmax": (lambda: x.softmax(-1), 2 * size),
+        "_log_softmax": (lambda: x.log_softmax(-1), 2 * size),
+        "_softmax_backward_data": (lambda: torch._softmax_backward_data(x, soft, -1, dtype), 3 * size),
+        "_log_softmax_backward_data": (
+            lambda: torch.ops.aten._log_softmax_backward_data(x, soft, -1, dtype),
+            3 * size,
+        ),
+        "native_layer_norm": (lambda: torch.native_layer_norm(x, [64], ones, ones, 1e-5), 2 * size),
+        "native_layer_norm_backward": (lambda: torch.ops.aten.native_layer_norm_backward(*backward), 3 * size),
+        "random_": (lambda: words.random_(-(2**63), None), 2 * words.nbytes),
+        "ge": (lambda: x >= 0.5, size + numbers),
+        "where": (lambda: torch.where(mask, x, x), 3 * size + numbers),
+        "embedding": (lambda: F.embedding(ids, wide), size + wide.nbytes),
+        "index": (lambda: x[ids % len(x)], 2 * size),
+        "index_select": (lambda: wide[ids], size + wide.nbytes),
+    }
 
 
 _SMALL = BatchShape(5, 23)

@@ -35,7 +35,9 @@ class Overhead:
     loading: int = _CONTEXT
     """Once a model has been loaded."""
     training: int = _CONTEXT
-    """Once a model has trained: kernels, their caches, and what scoring imports."""
+    """Once a model has trained: with kernels and their caches."""
+    classifying: int = _CONTEXT
+    """Once a classifier has been scored: with scikit-learn."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,9 @@ def read_machine(name: str) -> Machine:
         facts = json.loads(path.read_text(encoding="utf-8"))
         return _of_sheet(facts) if "bandwidth_gb_s" in facts else from_json(facts)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} describes no machine: {error}", f"take one of {', '.join(sheets())} for a model") from error
+        raise UserError(
+            f"{path} describes no machine: {error}", f"take one of {', '.join(sheets())} for a model"
+        ) from error
 
 
 def from_json(facts: Mapping[str, Any]) -> Machine:

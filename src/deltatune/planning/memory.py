@@ -80,7 +80,14 @@ class Memory:
 
 
 def memory_of(
-    rehearsed: Rehearsed, machine: Machine, settings: Training, *, loaded: float, file: float, forked: bool
+    rehearsed: Rehearsed,
+    machine: Machine,
+    settings: Training,
+    *,
+    loaded: float,
+    file: float,
+    forked: bool,
+    classifier: bool,
 ) -> Memory:
     """The memory of a rehearsed run.
 
@@ -92,7 +99,7 @@ def memory_of(
     large = max(step.peak, rehearsed.scoring.peak)
     process = machine.processes["forked" if forked else "fresh"]
     return Memory(
-        process=process.training,
+        process=process.classifying if classifier else process.training,
         weights=rehearsed.frozen,
         trained=4 * trained,
         gradients=4 * trained,

@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from deltatune.data import DialogueData, TextData
 from deltatune.data.batches import by_length, epoch
+from deltatune.data.sequences import UNSCORED
 from deltatune.data.tokens import length_limit
 from deltatune.errors import UserError
 from deltatune.methods import METHODS, Method, make, parse
@@ -72,7 +73,9 @@ class Plan:
             "total": self.counted.total,
             "stored": self.counted.stored,
             "adapter_bytes": self.adapter_bytes,
-            "memory": {name: value if isinstance(value, str) else round(value) for name, value in self.memory.terms().items()},
+            "memory": {
+                name: value if isinstance(value, str) else round(value) for name, value in self.memory.terms().items()
+            },
             "flops": round(self.flops),
             "step_seconds": self.step_seconds,
             "seconds": self.seconds,
@@ -156,7 +159,7 @@ def plan(
 
 
 def plan_run(
-    base: str,
+    base: str | Place,
     data: TextData | DialogueData,
     method: Method,
     settings: Training,
@@ -170,41 +173,32 @@ def plan_run(
 
     `forked`: as a run of a comparison, in a process that shares what another one has imported.
     """
-    place = planned_base(base)
+    place = base if isinstance(base, Place) else planned_base(base)
     outline = planned_outline(place, data.labels, storage)
     tokenizer = read_tokenizer(place, outline)
     task = task_for(Base(outline, tokenizer, place.id, place.revision), "fp32")
     limit = length_limit(tokenizer, outline.config, settings.max_length, getattr(method, "virtual_tokens", 0))
     examples, validation = task.encode(data.train, limit), task.encode(data.validation, limit)
     order = epoch(examples.lengths, settings.batch_tokens, np.random.default_rng(seed))
-    targets = getattr(examples, "targets", None)
-    shapes = [_shape(examples.lengths, targets, places, bool(data.labels), outline) for places in order]
-    largest = max(shapes, key=lambda shape: (shape.tokens, shape.length))
-    scored = [
-        _shape(validation.lengths, getattr(validation, "targets", None), places, bool(data.labels), outline)
-        for places in by_length(validation.lengths, SCORED_TOKENS)
-    ]
-    most = max(scored, key=lambda shape: (shape.tokens, shape.length))
+    shapes = [_shape(examples, places, outline) for places in order]
+    scored = [_shape(validation, places, outline) for places in by_length(validation.lengths, SCORED_TOKENS)]
+    largest, most = (max(several, key=lambda shape: (shape.tokens, shape.length)) for several in (shapes, scored))
     steps = math.ceil(len(order) * settings.epochs / settings.accumulate)
-    shared = _shared(place, outline, settings, largest, most, steps, storage, machine, forked)
-    made = _plan(method.name, method, shared, False)
+    made = _plan(
+        method.name, method, _shared(place, outline, settings, largest, most, steps, storage, machine, forked), False
+    )
     middle = statistics.fmean(shape.tokens for shape in shapes) / largest.tokens
-    seconds = made.step_seconds * middle * steps
-    return Plan(**{**vars(made), "seconds": seconds})
+    return replace(made, seconds=made.step_seconds * middle * steps)
 
 
-def _shape(
-    lengths: Sequence[int], targets: Any, places: Sequence[int], classes: bool, outline: PreTrainedModel
-) -> BatchShape:
-    longest = max(lengths[place] for place in places)
-    if classes or targets is None:
-        return BatchShape(len(places), longest)
-    rows = [targets[place] for place in places]
-    scored = sum(target >= 0 for row in rows for target in row)
-    if outline.config.is_encoder_decoder:
-        target = max(map(len, rows))
-        return BatchShape(len(places), longest - target if longest > target else longest, scored, target)
-    return BatchShape(len(places), longest, scored)
+def _shape(examples: Any, places: Sequence[int], outline: PreTrainedModel) -> BatchShape:
+    """The shape of a batch of encoded examples; those of a language model have targets."""
+    if not outline.can_generate():
+        return BatchShape(len(places), max(examples.lengths[place] for place in places))
+    inputs, targets = ([column[place] for place in places] for column in (examples.inputs, examples.targets))
+    scored = sum(target != UNSCORED for row in targets for target in row)
+    target = max(map(len, targets)) if outline.config.is_encoder_decoder else 0
+    return BatchShape(len(places), max(map(len, inputs)), scored, target)
 
 
 def _shared(
@@ -263,7 +257,15 @@ def _plan(words: str, method: Method, shared: _Planned, explain: bool) -> Plan:
     )
     held = {id(tensor): tensor for tensor in (*shared.outline.parameters(), *shared.outline.buffers())}
     resident = sum(tensor.nbytes for tensor in held.values())
-    memory = memory_of(rehearsed, machine, settings, loaded=resident, file=shared.file, forked=shared.forked)
+    memory = memory_of(
+        rehearsed,
+        machine,
+        settings,
+        loaded=resident,
+        file=shared.file,
+        forked=shared.forked,
+        classifier=not shared.outline.can_generate(),
+    )
     step = settings.accumulate * machine.seconds(rehearsed.step) + _optimiser_seconds(rehearsed, machine)
     return Plan(
         base=shared.place.id,

@@ -6,6 +6,7 @@ where it does not (a target names one block in the middle), all blocks are rehea
 """
 
 import copy
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from deltatune.errors import UserError
 from deltatune.methods import Method
 from deltatune.models import short_attention
 from deltatune.models.attach import attach, penalty, trainable_parameters
-from deltatune.models.base import Base
+from deltatune.models.base import Base, quiet
 from deltatune.models.blocks import stacks
 from deltatune.planning.tracing import Shape, Trace, Traced, shaped
 from deltatune.training.attention import SHORT
@@ -159,7 +160,7 @@ def _rehearse(
     short: bool,
     explain: bool,
 ) -> Rehearsed:
-    with scratch_apart(), _nothing_remembered():
+    with scratch_apart(), _nothing_remembered(), quiet(), _silent():
         with Trace():
             attach(model, method)
         prepare(model, precision)
@@ -229,6 +230,18 @@ def _places(model: nn.Module, hooks: ExitStack) -> list[str]:
 
 
 @contextmanager
+def _silent() -> Iterator[None]:
+    """What is said of a model that is attached to is not said of its rehearsals."""
+    log = logging.getLogger("deltatune")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+@contextmanager
 def _nothing_remembered() -> Iterator[None]:
     """What methods remember of a rehearsal has no numbers: it is forgotten before anything real is computed."""
     try:
@@ -239,5 +252,3 @@ def _nothing_remembered() -> Iterator[None]:
                 for value in [*vars(module).values()]:
                     if hasattr(value, "cache_clear"):
                         value.cache_clear()
-
-

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -226,7 +226,7 @@ class Trace(TorchDispatchMode):
             size = sum(one.nbytes for one in (*read, *outputs))
             traced.work[Work(name, outputs[0].dtype, shape, size)] += 1
             return
-        if name in _VIEWS or not outputs and not name.endswith("_"):
+        if name in _VIEWS or (not outputs and not name.endswith("_")):
             return
         sizes = [one.nbytes for one in read]
         written = max((one.numel() for one in (*outputs, *read)), default=0)
@@ -346,9 +346,37 @@ def _made(recipe: Any) -> Any:
 
 
 _VIEWS = frozenset(
-    "view _unsafe_view t transpose permute detach alias expand slice select unsqueeze squeeze split "
-    "split_with_sizes unbind as_strided chunk lift_fresh empty empty_like empty_strided new_empty "
-    "_reshape_alias diagonal unfold view_as_real view_as_complex _local_scalar_dense equal".split()
+    [
+        "view",
+        "_unsafe_view",
+        "t",
+        "transpose",
+        "permute",
+        "detach",
+        "alias",
+        "expand",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "as_strided",
+        "chunk",
+        "lift_fresh",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "_reshape_alias",
+        "diagonal",
+        "unfold",
+        "view_as_real",
+        "view_as_complex",
+        "_local_scalar_dense",
+        "equal",
+    ]
 )
 """Operations that move nothing."""
 

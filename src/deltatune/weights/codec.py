@@ -125,7 +125,8 @@ _storage = lru_cache(parse_storage)
 # An operation of PyTorch's like any other, so that what sees those (a profiler, a plan) sees this as one.
 _operations = torch.library.Library("deltatune", "DEF")
 _operations.define(
-    "decode_(Tensor codes, Tensor? scales, Tensor? coarse, Tensor? offset, str storage, Tensor(a!) out, int start) -> ()"
+    "decode_(Tensor codes, Tensor? scales, Tensor? coarse, Tensor? offset, str storage, Tensor(a!) out, int start)"
+    " -> ()"
 )
 _operations.impl("decode_", _decode, "CompositeExplicitAutograd")
 
