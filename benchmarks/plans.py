@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,10 @@ def run(cell: dict[str, Any], steps: int) -> dict[str, Any]:
     own: list[float] = []
 
     deltatune.tune(base, data, deltatune.make(name, options), settings, listen=listen)
-    each = [after.seconds - one.seconds for one, after in zip(seen, seen[1:], strict=False)]
+    each = [after.seconds - one.seconds for one, after in pairwise(seen)]
     if torch.get_num_threads() == 1:  # what others run touches a processor's time little
         each = own[1:]
-    tokens = [after.tokens - one.tokens for one, after in zip(seen, seen[1:], strict=False)]
+    tokens = [after.tokens - one.tokens for one, after in pairwise(seen)]
     return {
         "peak": peak(),
         "before": before,

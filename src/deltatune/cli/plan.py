@@ -95,8 +95,10 @@ def _table(plans: "list[Plan | Refused]") -> Table:
             table.add_row(one.method, f"[dim]{one.reason}[/]")
             continue
         memory = one.memory
-        sizes = (one.adapter_bytes, memory.weights + memory.trained, memory.gradients, memory.states)
-        sizes += (memory.activations, memory.temporaries, memory.peak)
+        sizes = (
+            *(one.adapter_bytes, memory.weights + memory.trained, memory.gradients, memory.states),
+            *(memory.activations, memory.temporaries, memory.peak),
+        )
         table.add_row(
             one.method,
             f"{one.counted.trainable:,}",

@@ -1,4 +1,4 @@
-"""The bases that can be planned: every base that can be loaded, and common ones of the hub by their configuration alone.
+"""The bases that can be planned: all that can be loaded, and common ones of the hub by their configuration alone.
 
 `bases.json` has the facts of the latter: the fields in which a configuration differs from its architecture's default,
 and the parameters that the model is known to have, which the tests hold the outline against. `pooler`: how many of them

@@ -42,8 +42,9 @@ def page(found: list[Claim] | None = None) -> str:
 _INTRODUCTION = """\
 # The figures that are taught
 
-Written by `make docs`: `deltatune plan --claims` recomputes each figure with the code that counts and plans, and the tests check that
-this page is current. GB are powers of ten. Nothing is downloaded: the bases are known by their configuration.
+Written by `make docs`: `deltatune plan --claims` recomputes each figure with the code that counts and plans, and the
+tests check that this page is current. GB are powers of ten. Nothing is downloaded: the
+bases are known by their configuration.
 """
 
 
@@ -126,8 +127,8 @@ def _klue() -> Claim:
         _NOT if 1_572_864 not in (attention, dense) else _READING,
         f"the base with 2 labels has {plain:,} parameters. r=8 trains {attention:,} on query, key, value and the "
         f"attention's output ({100 * attention / (plain + attention):.2f}%); {dense:,} "
-        f"({100 * dense / (plain + dense):.2f}%) where `dense` means every layer of that name, as PEFT takes it, pooler and "
-        "MLP included; the head's 1,538 left out"
+        f"({100 * dense / (plain + dense):.2f}%) where `dense` means every layer of that name, as PEFT takes it, "
+        "pooler and MLP included; the head's 1,538 left out"
         + (
             "; 1,572,864 is what r=8 trains on query, key, value and the attention's output of BERT-large"
             if right
@@ -143,8 +144,8 @@ def _seven() -> Claim:
         "7B model: 28 GB of fp32 weights; over 40 GB with gradients and optimiser states",
         "lecture",
         _READING,
-        f"LLaMA-7B has {total:,} parameters: {_gb(4 * total)} in fp32 (28 for a round 7 billion). With fp32 gradients and "
-        f"AdamW's two moments {_gb(states)}: over 40, and over twice that; {_gb(total * 6)} with bf16 weights and "
+        f"LLaMA-7B has {total:,} parameters: {_gb(4 * total)} in fp32 (28 for a round 7 billion). With fp32 gradients "
+        f"and AdamW's two moments {_gb(states)}: over 40, and over twice that; {_gb(total * 6)} with bf16 weights and "
         "gradients and 8-bit moments",
     )
 
@@ -205,8 +206,8 @@ def _quarter() -> Claim:
         _READING,
         f"of the linear weights against 16 bits: {100 * (1 - weights['nf4'] / weights['bf16']):.1f}% "
         f"({100 * (1 - weights['nf4'] / weights['fp32']):.1f}% against 32). Of a whole run, LLaMA-7B at 512 tokens: "
-        f"{_gb(a.memory.peak)} → {_gb(b.memory.peak)}, {100 * (1 - b.memory.peak / a.memory.peak):.0f}%, since embeddings, "
-        "activations and what trains stay",
+        f"{_gb(a.memory.peak)} → {_gb(b.memory.peak)}, {100 * (1 - b.memory.peak / a.memory.peak):.0f}%, since "
+        "embeddings, activations and what trains stay",
     )
 
 
@@ -220,8 +221,8 @@ def _large() -> Claim:
         "GPT-2 Large: 2.88 GB in fp32, 0.46 GB (16%) in 4 bits",
         "comparison article",
         _READING if abs(4 * total / 2**30 - 2.88) < 0.01 else _NOT,
-        f"{total:,} parameters are {_gb(4 * total)}, {4 * total / 2**30:.2f} GiB: taught in GiB. In nf4 the linear layers "
-        f"with the embeddings left in fp32 are {_gb(stored)} ({100 * stored / (4 * total):.0f}%), in bf16 "
+        f"{total:,} parameters are {_gb(4 * total)}, {4 * total / 2**30:.2f} GiB: taught in GiB. In nf4 the linear "
+        f"layers with the embeddings left in fp32 are {_gb(stored)} ({100 * stored / (4 * total):.0f}%), in bf16 "
         f"{_gb(stored - 2 * _embedded())}; all of it in 4.127 bits would be {_gb(total * 4.127 / 8)} "
         f"({100 * 4.127 / 32:.0f}%)",
     )
@@ -245,9 +246,9 @@ def _shares() -> Claim:
         "several",
         _READING,
         f"LLaMA-7B: LoRA r=8 on query and value {100 * small.trainable / small.total:.3f}%, r=16 on all linear layers "
-        f"{100 * wide.trainable / wide.total:.2f}%, r=64 {100 * lora.trainable / lora.total:.2f}%. Adapters at the paper's /16 "
-        f"{100 * adapters.trainable / adapters.total:.1f}% (after the FFN alone); Houlsby at /64 on BERT-base "
-        f"{100 * (houlsby.trainable - houlsby.head) / houlsby.total:.2f}%. VB-LoRA (r=4, h=256, b=256) stores "
+        f"{100 * wide.trainable / wide.total:.2f}%, r=64 {100 * lora.trainable / lora.total:.2f}%. Adapters at "
+        f"the paper's /16 {100 * adapters.trainable / adapters.total:.1f}% (after the FFN alone); Houlsby at /64 on "
+        f"BERT-base {100 * (houlsby.trainable - houlsby.head) / houlsby.total:.2f}%. VB-LoRA (r=4, h=256, b=256) stores "
         f"{bank.stored:,} numbers, {bank.stored / lora.stored:.3f} of LoRA at r=64 and "
         f"{bank.stored / small.stored:.2f} of LoRA at r=8 on query and value",
     )

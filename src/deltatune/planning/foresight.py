@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from deltatune.data import DialogueData, TextData
 from deltatune.errors import UserError
@@ -62,7 +63,7 @@ def _nearest(foreseen: Foreseen) -> Iterator[tuple[str, Plan]]:
     """Settings that take less memory, in words of the command line, with their plans: the nearest first."""
     settings = foreseen.settings
     half = settings.batch_tokens // 2
-    changes = {
+    changes: dict[str, dict[str, Any]] = {
         "--training gradient_checkpointing=true": {"gradient_checkpointing": True},
         f"--training batch_tokens={half}": {"batch_tokens": half},
         f"--training batch_tokens={half // 4}": {"batch_tokens": half // 4},

@@ -1,8 +1,8 @@
 """A machine as a plan sees it: how much memory it has, and how long it takes over an operation.
 
 Measured here by `doctor.py`, or read from a data sheet: the peak of products in each type, the bandwidth and the memory
-that a vendor states. `machines/` has sheets of common GPUs. Of a sheet's peaks a program reaches a part; the parts below
-are round numbers from experience, not measurements of ours.
+that a vendor states. `machines/` has sheets of common GPUs. Of a sheet's peaks a program reaches a part; the parts
+below are round numbers from experience, not measurements of ours.
 """
 
 import json
@@ -19,7 +19,7 @@ from deltatune.training.precision import Computed
 
 _SHEETS = Path(__file__).parent / "machines"
 _OF_PEAK, _OF_BANDWIDTH, _LAUNCH = 0.5, 0.8, 6e-6
-"""Of a sheet: what part of the peak products reach, of the bandwidth all else, and the seconds that starting one takes."""
+"""Of a sheet: what part of the peak products reach, of the bandwidth all else, and the seconds of starting one."""
 _CONTEXT = 600 * 2**20
 """Bytes that CUDA and its libraries take of a GPU's memory."""
 

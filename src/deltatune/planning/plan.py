@@ -223,7 +223,7 @@ def _shared(
 def _file_bytes(place: Place, outline: PreTrainedModel) -> float:
     folder = Path(place.source).expanduser()
     if place.config is None and folder.is_dir():
-        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        return float(sum(file.stat().st_size for file in folder.glob("*.safetensors")))
     return 2.0 * sum(parameter.numel() for parameter in outline.parameters())
 
 

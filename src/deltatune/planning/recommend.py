@@ -37,7 +37,7 @@ GUIDE: Mapping[str, tuple[int, str]] = {
     "ia3": (10, "not in the guide"),
     "head": (11, "not in the guide"),
 }
-"""`method` or `method@storage` → place in the selection guide as it is taught (docs/claims.md), and its words for it."""
+"""`method` or `method@storage` → place in the selection guide as it is taught (docs/claims.md), and its words."""
 
 
 @dataclass(frozen=True)

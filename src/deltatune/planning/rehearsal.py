@@ -135,11 +135,11 @@ def _extended(one: Rehearsed, two: Rehearsed, blocks: int) -> Rehearsed:
 
     def traced(a: Traced, b: Traced) -> Traced:
         return Traced(
-            Counter({work: extended(a.work[work], b.work[work]) for work in a.work | b.work}),  # type: ignore[misc]
+            Counter({work: extended(a.work[work], b.work[work]) for work in a.work | b.work}),
             cast(Any, tuple(map(extended, a.peaks, b.peaks))),
             extended(a.forward, b.forward),
             extended(a.calls, b.calls),
-            Counter({name: extended(a.kept[name], b.kept[name]) for name in a.kept | b.kept}),  # type: ignore[misc]
+            Counter({name: extended(a.kept[name], b.kept[name]) for name in a.kept | b.kept}),
         )
 
     return Rehearsed(

@@ -28,14 +28,15 @@ class Shape(Tensor):
     """A tensor without numbers that PyTorch takes for one on the CPU."""
 
     meta: Tensor
-    is_meta = True  # type: ignore[assignment]  # a model of such is an outline
+    is_meta = True  # a model of such is an outline
     __slots__ = ["meta"]
 
     @staticmethod
     def __new__(cls, meta: Tensor) -> "Shape":
+        """A shape around a tensor on the meta device."""
         if isinstance(meta, Shape):  # made within a trace
             return meta
-        made: Shape = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: Shape = Tensor._make_wrapper_subclass(
             cls,
             meta.size(),
             strides=meta.stride(),
@@ -48,11 +49,13 @@ class Shape(Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Outside of a trace: the same, and nothing is noted."""
         return _Quiet()._run(operation, args, kwargs or {})
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Shape({[*self.shape]}, {self.dtype})"
 
 
@@ -107,11 +110,11 @@ PRODUCTS: Mapping[str, Callable[..., tuple[int, ...]]] = {
 """The operations that multiply matrices, with their sizes."""
 
 
-class Trace(TorchDispatchMode):
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within the block every operation is run on shapes and noted in `traced`."""
 
     def __init__(self, scored: int | None = None, there: nn.Module | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.traced = Traced()
         self._scored = scored
         self._live: dict[int, list[int]] = {}  # storage → bytes, tensors
@@ -134,7 +137,7 @@ class Trace(TorchDispatchMode):
 
     def __exit__(self, *exception: Any) -> None:
         """Ends the trace."""
-        super().__exit__(*exception)
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
         before, after = self._highs[: self._begun], self._highs[self._begun :]
         middle = len(after) // 2
         parts = (before, after[:middle], after[middle:])
@@ -155,7 +158,7 @@ class Trace(TorchDispatchMode):
         fresh, has_device = _form(operation)
         if has_device and not any(value is _META for value in inner):
             options["device"] = _META
-        with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+        with torch._C._DisableTorchDispatch():
             out = _fresh(operation, inner, options) if fresh else operation(*inner, **options)
         return self._wrap(out, known, operation, inner)
 
@@ -234,7 +237,7 @@ class Trace(TorchDispatchMode):
         traced.work[Work(name, dtype, (written,), sum(sizes) + sum(one.nbytes for one in outputs))] += 1
 
 
-class _Quiet(Trace):
+class _Quiet(Trace):  # type: ignore[no-untyped-call]
     """Runs operations on shapes outside of any trace."""
 
     def _watch(self, made: Shape, meta: Tensor) -> None:

@@ -123,12 +123,12 @@ def _decode(
 _storage = lru_cache(parse_storage)
 
 # An operation of PyTorch's like any other, so that what sees those (a profiler, a plan) sees this as one.
-_operations = torch.library.Library("deltatune", "DEF")
-_operations.define(
+_operations = torch.library.Library("deltatune", "DEF")  # type: ignore[no-untyped-call]
+_operations.define(  # type: ignore[no-untyped-call]
     "decode_(Tensor codes, Tensor? scales, Tensor? coarse, Tensor? offset, str storage, Tensor(a!) out, int start)"
     " -> ()"
 )
-_operations.impl("decode_", _decode, "CompositeExplicitAutograd")
+_operations.impl("decode_", _decode, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 def aligned(storage: Storage) -> int:
