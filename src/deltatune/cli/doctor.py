@@ -1,4 +1,4 @@
-"""`deltatune doctor`: what runs use on this machine and why, and where a training step goes."""
+"""`deltatune doctor`: what runs use on this machine and why, how fast it is, and where a training step goes."""
 
 import json as jsonlib
 import os
@@ -20,12 +20,19 @@ EXAMPLES = """
 
     deltatune doctor --base ./my-bert
 
+    deltatune doctor --measure
+
+    deltatune doctor --measure --json > my-machine.json
+
     deltatune doctor --profile --base smollm2 --method lora:rank=16 --tokens 1024 --length 128
 """
 
 
 def command(
     base: Annotated[str, typer.Option(help="Look at this base, too.")] = "",
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine, and keep that for plans and their --machine.")
+    ] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Run training steps and show where they go.")] = False,
     method: Annotated[str, typer.Option(help="Method of these steps, such as lora:rank=16.")] = "lora",
     storage: Annotated[str, typer.Option(help="Storage of the base in these steps.")] = "",
@@ -33,7 +40,10 @@ def command(
     length: Annotated[int, typer.Option(min=2, help="Tokens of each of its texts.")] = 128,
     json: options.Json = False,
 ) -> None:
-    """Says what runs use on this machine and why; with --profile, where a training step goes, beside its limit."""
+    """Says what runs use on this machine and why, measures it for plans, or shows where a training step goes."""
+    if measure:
+        _measure(json)
+        return
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler writes to stderr otherwise
     from deltatune.cli.progress import waiting
 
@@ -64,6 +74,22 @@ def command(
     console.print(table)
     if found:
         console.print(_step(found))
+
+
+def _measure(json: bool) -> None:
+    from deltatune.cli.progress import waiting
+
+    with waiting("measuring this machine"):
+        from deltatune.planning.calibration import checks, this_machine
+
+        machine = this_machine(measure=True)
+    if json:
+        print(jsonlib.dumps(machine.as_json()))
+        return
+    table = Table(box=None, show_header=False)
+    for name, value in checks(machine):
+        table.add_row(name, value)
+    options.table_console().print(table)
 
 
 def _labels(base: str) -> tuple[str, ...]:

@@ -33,6 +33,15 @@ Decoding = Annotated[
     list[str] | None,
     typer.Option(help="How it writes, such as temperature=0.7, beams=4 or max_new_tokens=200; several times."),
 ]
+Storage = Annotated[
+    str, typer.Option(help="Storage of the base: nf4, fp4, nf3, nf2, int8, bf16, fp32; by target {mlp: nf4, …}.")
+]
+Machine = Annotated[
+    str,
+    typer.Option(
+        help="Plan for another machine: a100, h100, l4, t4, rtx4090 …, or a file `doctor --measure --json` wrote."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AdapterFolder = Annotated[Path, typer.Argument(help="Folder that `tune` or `compare` wrote, or that PEFT wrote.")]
 

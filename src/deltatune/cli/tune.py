@@ -45,6 +45,7 @@ def command(
     precision: options.Precision = None,
     setting: options.Setting = None,
     decoding: options.Decoding = None,
+    force: Annotated[bool, typer.Option("--force", help="Run even if the plan exceeds this machine's memory.")] = False,
     json: options.Json = False,
 ) -> None:
     """Trains one method on a base and saves the adapter, its settings, its events and its test scores in a folder."""
@@ -76,7 +77,7 @@ def command(
             "decoding": options.decoding(decoding),
         }
         [cell] = make_experiment(content, "tune").cells()
-        result = run_cell(cell, out, lambda event: progress.show(cell.method.label, event))
+        result = run_cell(cell, out, lambda event: progress.show(cell.method.label, event), force=force)
         progress.watch(cell, result)
     if json:
         print(dumps(records([result])[0], ensure_ascii=False, indent=2))

@@ -13,6 +13,7 @@ FOLDER/stderr.log     what libraries said, and where a failure happened
 
 import hashlib
 import json
+import logging
 import sys
 import traceback
 from pathlib import Path
@@ -28,12 +29,15 @@ from deltatune.models.base import find_base, load
 from deltatune.models.count import count
 from deltatune.models.quantise import total_parameters
 from deltatune.models.vocabulary import add_tokens
+from deltatune.planning.foresight import Foreseen, foresee, refuse_unfit
 from deltatune.training.asking import asking
-from deltatune.training.events import Event, EventFile, Listener, Step
+from deltatune.training.events import Event, EventFile, Listener, Planned, Step
 from deltatune.training.memory import peak, resident
 from deltatune.training.plain_text import plain_text_loss
 from deltatune.training.tasks import task_for
 from deltatune.training.tune import Tuned, ignore, tune
+
+log = logging.getLogger("deltatune")
 
 SPEC, EVENTS, RESULT, ADAPTER = "spec.json", "events.jsonl", "result.json", "adapter"
 PREDICTIONS = "predictions.jsonl"
@@ -47,12 +51,21 @@ def prepare_folder(cell: Cell, folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def run_cell(cell: Cell, folder: Path, listen: Listener = ignore) -> CellResult:
-    """Trains and tests one cell and leaves its record in `folder`; `result.json` is written last."""
+def run_cell(
+    cell: Cell, folder: Path, listen: Listener = ignore, *, force: bool = False, forked: bool = False
+) -> CellResult:
+    """Trains and tests one cell and leaves its record in `folder`; `result.json` is written last.
+
+    Raises `UserError` before anything is loaded where the plan says that memory would not do; `force` tries all the
+    same. `forked`: in a process that shares what another one has imported.
+    """
     prepare_folder(cell, folder)
     data = read_data(cell)
     baseline = resident()
     count(find_base(cell.base, cell.base_revision), cell.method.make(), data.labels)  # refuses before weights are read
+    planned = _planned(cell, data, forked)
+    if planned is not None and not force:
+        refuse_unfit(planned)
     base = load(cell.base, revision=cell.base_revision, labels=data.labels, seed=cell.seed, storage=cell.method.storage)
     if cell.new_tokens:
         add_tokens(base, cell.new_tokens)
@@ -65,7 +78,10 @@ def run_cell(cell: Cell, folder: Path, listen: Listener = ignore) -> CellResult:
             steps.append(event)
 
     with EventFile(folder / EVENTS) as file:
+        if planned is not None:
+            note(Planned(round(planned.plan.memory.peak), planned.plan.seconds or 0.0, planned.plan.machine))
         tuned = tune(base, data, cell.method.make(), cell.training, seed=cell.seed, listen=note)
+    trained = peak()
     task = task_for(base, tuned.precision)
     test = task.test(data.test, tuned.max_length, cell.decoding)
     after = plain_text_loss(base, tuned.precision)
@@ -93,6 +109,9 @@ def run_cell(cell: Cell, folder: Path, listen: Listener = ignore) -> CellResult:
         tokens_per_second=steps[-1].tokens / seconds if steps else 0.0,
         peak_bytes=peak(),
         baseline_bytes=baseline,
+        training_peak_bytes=trained,
+        planned_peak_bytes=None if planned is None else round(planned.plan.memory.peak),
+        planned_seconds=None if planned is None else planned.plan.seconds,
         trainable=sum(p.numel() for p in trainable_parameters(base.model).values()),
         total=total_parameters(base.model),
         adapter_bytes=sum(file.stat().st_size for file in (folder / ADAPTER).iterdir()),
@@ -101,6 +120,27 @@ def run_cell(cell: Cell, folder: Path, listen: Listener = ignore) -> CellResult:
     )
     write_json(folder / RESULT, result.model_dump(mode="json"))
     return result
+
+
+def _planned(cell: Cell, data: TextData | DialogueData, forked: bool) -> Foreseen | None:
+    """The plan of the cell; None where its base cannot be planned, which is no reason not to run it."""
+    if cell.new_tokens:  # the base is another one with them
+        return None
+    try:
+        return foresee(
+            find_base(cell.base, cell.base_revision),
+            data,
+            cell.method.make(),
+            cell.training,
+            storage=cell.method.storage,
+            seed=cell.seed,
+            forked=forked,
+        )
+    except UserError:
+        return None
+    except Exception as error:  # a plan follows code that it does not know, such as an architecture's
+        log.debug("no plan: %s: %s", type(error).__name__, error)
+        return None
 
 
 def read_data(cell: Cell) -> TextData | DialogueData:
@@ -141,10 +181,10 @@ def _save(tuned: Tuned, data: TextData | DialogueData, cell: Cell, folder: Path)
     )
 
 
-def attempt(cell: Cell, folder: Path, listen: Listener) -> int:
+def attempt(cell: Cell, folder: Path, listen: Listener, *, forked: bool = False) -> int:
     """Runs a cell; a failure is written to failed.json. Returns an exit code."""
     try:
-        run_cell(cell, folder, listen)
+        run_cell(cell, folder, listen, forked=forked)
     except UserError as error:
         write_json(folder / FAILED, {"reason": error.message, "hint": error.hint})
         return 1
@@ -159,7 +199,7 @@ def attempt(cell: Cell, folder: Path, listen: Listener) -> int:
 def main(folder: Path) -> int:
     """Runs the cell of `folder/spec.json`, telling its events on stdout; see `attempt`."""
     with EventFile(Path("/dev/stdout")) as tell:
-        return attempt(Cell.model_validate(read_json(folder / SPEC)), folder, tell)
+        return attempt(Cell.model_validate(read_json(folder / SPEC)), folder, tell, forked=True)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,8 @@ class Place:
     revision: str
     """Embedded: project and version. Hub: the commit. Local: a digest of its configuration and files' dates."""
     commit: str | None = None
+    config: Mapping[str, Any] | None = None
+    """The configuration itself, where it is known without any file; such a base can be planned and not loaded."""
 
 
 def load(
@@ -254,6 +256,8 @@ def _config(place: Place, labels: Sequence[str]) -> PreTrainedConfig:
 
 
 def _read_config(place: Place) -> PreTrainedConfig:
+    if place.config is not None:
+        return AutoConfig.for_model(**place.config)
     try:
         return AutoConfig.from_pretrained(place.source, revision=place.commit, trust_remote_code=False)
     except (ValueError, OSError, AttributeError, TypeError) as error:  # the last two where a field is of another type

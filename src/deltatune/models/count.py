@@ -38,9 +38,15 @@ def count(base: Place, method: Method, labels: Sequence[str] = ()) -> Counted:
     Raises `UserError` for targets that match nothing and hyperparameters that do not fit a layer.
     """
     model = outline(base, labels=labels)
+    if isinstance(method, Mixed):
+        attach(outline(base, labels=labels), method)  # what a mix may not do is refused
+    return count_on(model, method)
+
+
+def count_on(model: PreTrainedModel, method: Method) -> Counted:
+    """Counts what `method` adds to a model, an outline for one, without adding it."""
     if not isinstance(method, Mixed):
         return _count(model, method)
-    attach(outline(base, labels=labels), method)  # what a mix may not do is refused
     each = [_count(model, part) for part in method.parts]
     head, plain = each[0].head, sum(parameter.numel() for parameter in model.parameters())
     return Counted(

@@ -31,6 +31,18 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Planned:
+    """What the run was planned to take, before anything was loaded."""
+
+    peak_bytes: int
+    """The most bytes that the process would hold while it loads, trains and validates."""
+    seconds: float
+    """Of all steps together."""
+    machine: str
+    """What the plan knew of the machine."""
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """One optimiser step is done."""
 
@@ -79,10 +91,10 @@ class Finished:
     """The step whose weights were kept."""
 
 
-Event = Started | Step | Evaluated | Finished
+Event = Planned | Started | Step | Evaluated | Finished
 Listener = Callable[[Event], None]
 
-_KINDS: dict[str, type[Event]] = {kind.__name__.lower(): kind for kind in (Started, Step, Evaluated, Finished)}
+_KINDS: dict[str, type[Event]] = {kind.__name__.lower(): kind for kind in (Planned, Started, Step, Evaluated, Finished)}
 
 
 class EventFile:

@@ -35,15 +35,17 @@ _CHUNK = 2**25
 class LanguageModelling:
     """A decoder or encoder–decoder and the texts that it learns to write."""
 
-    def __init__(self, base: Base, precision: Computed, packs: bool = True) -> None:
+    def __init__(
+        self, base: Base, precision: Computed, *, chunked: bool | None = None, packed: bool | None = None
+    ) -> None:
         self.model = base.model
         self._tokenizer = base.tokenizer
         self._precision = precision
         self._pad = base.model.config.pad_token_id
         self._both = bool(base.model.config.is_encoder_decoder)
-        self._chunked: bool | None = None
+        self._chunked = chunked
         """Whether the output layer alone makes the logits; None until it was tried."""
-        self._packed: bool | None = None if packs else False
+        self._packed = packed
         """Whether texts stand in one row, without padding; None until it was tried whether they are told apart."""
 
     def encode(self, split: Dialogues, limit: int) -> Sequences:

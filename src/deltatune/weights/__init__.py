@@ -3,7 +3,7 @@
 from deltatune.weights.dense import DenseWeight
 from deltatune.weights.frozen import FrozenWeight
 from deltatune.weights.modules import is_linear, is_transposed, weight_of
-from deltatune.weights.quantised import QuantisedLinear, QuantisedWeight
+from deltatune.weights.quantised import QuantisedLinear, QuantisedWeight, scratch_apart
 from deltatune.weights.storage import DENSE, FORMATS, Storage, parse_storage
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "is_linear",
     "is_transposed",
     "parse_storage",
+    "scratch_apart",
     "weight_of",
 ]

@@ -17,7 +17,7 @@ from torch import Tensor
 from deltatune.errors import UserError
 from deltatune.weights import dynamic_map, kernel
 from deltatune.weights.levels import levels
-from deltatune.weights.storage import BITS, DENSE, SCALE_BLOCK, Storage
+from deltatune.weights.storage import BITS, DENSE, SCALE_BLOCK, Storage, parse_storage
 
 _TILE = 1 << 17
 """Numbers that are decoded at a time: what is written for them stays in a core's cache."""
@@ -90,8 +90,23 @@ def decode(
     `start` has to be a multiple of `aligned(storage)`. The numbers are computed in fp32 and rounded once. `kernel` does
     what it can of them.
     """
+    torch.ops.deltatune.decode_(*packed, str(storage), out, start)
+    return out
+
+
+def _decode(
+    codes: Tensor,
+    scales: Tensor | None,
+    coarse: Tensor | None,
+    offset: Tensor | None,
+    words: str,
+    out: Float[Tensor, " numbers"],
+    start: int,
+) -> None:
+    packed, storage = Packed(codes, scales, coarse, offset), _storage(words)
     if storage.format in DENSE:
-        return out.copy_(packed.codes[start : start + len(out)])
+        out.copy_(codes[start : start + len(out)])
+        return
     scales = decode_scales(packed)
     if storage.format == "int8":
         scales = scales / 127
@@ -103,7 +118,17 @@ def decode(
         values = _levels_of(packed.codes, storage, start + first, len(part))
         _scale(values, scales[(start + first) // storage.block :], storage.block)
         part.copy_(values)
-    return out
+
+
+_storage = lru_cache(parse_storage)
+
+# An operation of PyTorch's like any other, so that what sees those (a profiler, a plan) sees this as one.
+_operations = torch.library.Library("deltatune", "DEF")  # type: ignore[no-untyped-call]
+_operations.define(  # type: ignore[no-untyped-call]
+    "decode_(Tensor codes, Tensor? scales, Tensor? coarse, Tensor? offset, str storage, Tensor(a!) out, int start)"
+    " -> ()"
+)
+_operations.impl("decode_", _decode, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 def aligned(storage: Storage) -> int:

@@ -6,7 +6,8 @@ memory that the next decoding uses again; for the backward pass nothing is kept 
 
 import math
 import threading
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -238,10 +239,26 @@ _memory = threading.local()
 
 def _scratch(numel: int, dtype: torch.dtype, device: torch.device) -> Float[Tensor, " numbers"]:
     """Memory of this thread for one decoded weight, as large as the largest so far; fresh memory would cost more."""
-    kept: dict[torch.device, Tensor] = _memory.__dict__.setdefault("kept", {})
+    kept = _kept()
     size = numel * dtype.itemsize
     if device not in kept or kept[device].numel() < size:
         kept.pop(device, None)
         with torch.inference_mode(False):  # what is made within that mode can be written to within it alone
             kept[device] = torch.empty(size, dtype=torch.uint8, device=device)
     return kept[device][:size].view(dtype)
+
+
+def _kept() -> dict[torch.device, Tensor]:
+    kept: dict[torch.device, Tensor] = _memory.__dict__.setdefault("kept", {})
+    return kept
+
+
+@contextmanager
+def scratch_apart() -> Iterator[None]:
+    """Within the block this thread decodes into other memory, which is gone after it."""
+    before = _kept()
+    _memory.kept = {}
+    try:
+        yield
+    finally:
+        _memory.kept = before

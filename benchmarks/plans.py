@@ -1,0 +1,164 @@
+"""How right plans are: memory at its peak and seconds of a step, planned and measured, and the distribution of errors.
+
+python benchmarks/plans.py [--bases minilm smollm2] [--only lora] [--steps 4] [--out plans.jsonl]
+
+Methods × storages × batch shapes × both embedded bases. Each cell is a process of its own, forked from one that has
+imported everything, as those of `deltatune compare` are; it loads the base, trains a few steps on the embedded data,
+and scores a validation. The plan is made by another process from the configuration and the lengths of the examples.
+The machine's calibration (`deltatune doctor`) has seen none of these shapes; run it in the same minutes.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import deltatune
+from deltatune import Training
+from deltatune.methods import parse
+from deltatune.planning.plan import plan_run
+from deltatune.training.events import Event, Step
+from deltatune.training.memory import peak, resident
+
+METHODS = (
+    *("full", "head", "lora", "lora:dropout=0.1", "lora:targets=attention-qv", "dora", "adalora", "vera", "ia3"),
+    *("hira", "oft", "waveft", "shira", "houlsby", "parallel", "prompt", "prefix", "bitfit", "last-k"),
+)
+STORED = ("lora", "dora", "vera")
+SHAPES = {"minilm": ((512, 64), (1024, 32)), "smollm2": ((256, 128), (512, 160))}
+"""Tokens of a batch, and the longest example."""
+
+
+def cells(bases: list[str]) -> Iterator[dict[str, Any]]:
+    """Every cell, as what a process is told."""
+    for place in (0, 1):
+        for words in METHODS:
+            for base in bases:
+                tokens, longest = SHAPES[base][place]
+                for storage in ("", "nf4", "int8") if words in STORED else ("",):
+                    if base == "minilm" or words != "head":  # smollm2's head is a part of it
+                        yield {"base": base, "method": words, "storage": storage, "tokens": tokens, "longest": longest}
+
+
+def run(cell: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Trains one cell in this process; gives what was measured."""
+    text = cell["base"] == "smollm2"
+    data = deltatune.load_data("docstrings" if text else "rotten-tomatoes")
+    some = 2 * steps * cell["tokens"] // (100 if text else 27)
+    data = data.limited(train=max(16, some), validation=80, test=20, seed=0)
+    before = resident()
+    base = deltatune.load(cell["base"], labels=data.labels, storage=cell["storage"])
+    loaded = peak()
+    settings = Training(batch_tokens=cell["tokens"], max_length=cell["longest"], evaluations=1, epochs=0.5)
+    name, options = parse(cell["method"])
+    seen: list[Step] = []
+    processor: list[float] = []
+
+    def listen(event: Event) -> None:
+        processor.append(time.process_time())
+        if isinstance(event, Step):
+            seen.append(event)
+            own.append(processor[-1] - processor[-2])
+
+    own: list[float] = []
+
+    deltatune.tune(base, data, deltatune.make(name, options), settings, listen=listen)
+    each = [after.seconds - one.seconds for one, after in pairwise(seen)]
+    if torch.get_num_threads() == 1:  # what others run touches a processor's time little
+        each = own[1:]
+    tokens = [after.tokens - one.tokens for one, after in pairwise(seen)]
+    return {
+        "peak": peak(),
+        "before": before,
+        "loaded": loaded,
+        "processor": torch.get_num_threads() == 1,
+        "step": statistics.median(each),
+        "seconds_per_token": statistics.median(a / b for a, b in zip(each, tokens, strict=True)),
+    }
+
+
+def in_a_process(cell: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Runs one cell in a process forked for it."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(read)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            with os.fdopen(write, "w") as out:
+                json.dump(run(cell, steps), out)
+        except BaseException:
+            traceback.print_exc(file=sys.stdout)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as back:
+        text = back.read()
+    os.waitpid(child, 0)
+    return json.loads(text) if text else {}
+
+
+def main() -> None:
+    """Measures what the command line asks for and prints the errors."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--bases", nargs="*", default=["minilm", "smollm2"])
+    options.add_argument("--only", nargs="*", default=None, help="methods")
+    options.add_argument("--steps", type=int, default=4)
+    options.add_argument("--out", type=Path, default=Path("plans.jsonl"))
+    options.add_argument("--again", action="store_true", help="plan what OUT has measured, and measure nothing")
+    given = options.parse_args()
+    rows: list[dict[str, Any]] = []
+    if given.out.exists():
+        rows = [json.loads(line) for line in given.out.read_text().splitlines()]
+    if not given.again:
+        done = [row["cell"] for row in rows]
+        for cell in cells(given.bases):
+            if cell in done or (given.only and cell["method"] not in given.only):
+                continue
+            measured = in_a_process(cell, given.steps)
+            if measured:
+                rows.append({"cell": cell, "measured": measured})
+                with given.out.open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+    report(rows, given.steps)
+
+
+def report(rows: list[dict[str, Any]], steps: int) -> None:
+    """Plans every cell again and prints each error, and the distribution over all."""
+    memory, times = [], []
+    for row in rows:
+        cell, measured = row["cell"], row["measured"]
+        text = cell["base"] == "smollm2"
+        data = deltatune.load_data("docstrings" if text else "rotten-tomatoes")
+        some = 2 * steps * cell["tokens"] // (100 if text else 27)
+        data = data.limited(train=max(16, some), validation=80, test=20, seed=0)
+        settings = Training(batch_tokens=cell["tokens"], max_length=cell["longest"], evaluations=1, epochs=0.5)
+        name, options = parse(cell["method"])
+        plan = plan_run(
+            cell["base"], data, deltatune.make(name, options), settings, storage=cell["storage"], forked=True
+        )
+        planned = plan.memory.peak
+        memory.append(planned / measured["peak"] - 1)
+        times.append(plan.seconds_per_token / measured["seconds_per_token"] - 1)
+        label = f"{cell['base']} {cell['method']} {cell['storage']} {cell['tokens']}×{cell['longest']}"
+        print(
+            f"{label:48} {planned / 1e6:7.0f} {measured['peak'] / 1e6:7.0f} MB {100 * memory[-1]:+6.1f}%   "
+            f"{plan.memory.fullest:8} {1e6 * measured['seconds_per_token']:8.0f} µs {100 * times[-1]:+6.1f}%",
+            flush=True,
+        )
+    for name, errors in (("memory", memory), ("time", times)):
+        sizes = sorted(map(abs, errors))
+        ninth = sizes[min(len(sizes) - 1, int(0.9 * len(sizes)))]
+        print(f"{name}: {len(sizes)} cells, median {100 * statistics.median(sizes):.1f}%, p90 {100 * ninth:.1f}%")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,404 @@
+"""Running a training step on shapes alone: which operations it runs, and how much memory lives at its fullest.
+
+The code that trains is run as it stands, so a plan follows it when it changes. Its tensors are `Shape`s: to PyTorch
+they are tensors of the CPU, with autograd and autocast, and what they hold is a tensor on the meta device, which has no
+numbers. `Trace` stands between: it runs each operation on the meta tensors, notes it, and counts the bytes of every
+storage from its first tensor to the end of its last one, whoever holds it: a variable, a module, or autograd.
+
+What depends on numbers is answered by the caller's word: how many tokens of a batch are scored.
+"""
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+_META, _CPU = torch.device("meta"), torch.device("cpu")
+
+
+class Shape(Tensor):
+    """A tensor without numbers that PyTorch takes for one on the CPU."""
+
+    meta: Tensor
+    is_meta = True  # a model of such is an outline
+    __slots__ = ["meta"]
+
+    @staticmethod
+    def __new__(cls, meta: Tensor) -> "Shape":
+        """A shape around a tensor on the meta device."""
+        if isinstance(meta, Shape):  # made within a trace
+            return meta
+        made: Shape = Tensor._make_wrapper_subclass(
+            cls,
+            meta.size(),
+            strides=meta.stride(),
+            storage_offset=meta.storage_offset(),
+            dtype=meta.dtype,
+            device=_CPU,
+            requires_grad=False,
+        )
+        made.meta = meta
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Outside of a trace: the same, and nothing is noted."""
+        return _Quiet()._run(operation, args, kwargs or {})
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return f"Shape({[*self.shape]}, {self.dtype})"
+
+
+class Work(NamedTuple):
+    """One operation and the sizes that decide what it costs."""
+
+    name: str
+    """Such as mm, or native_layer_norm."""
+    dtype: torch.dtype
+    """Of its largest tensor."""
+    shape: tuple[int, ...]
+    """Of a product (batch, m, k, n): (batch, m, k) · (batch, k, n). Of anything else the numbers that it writes."""
+    nbytes: int
+    """Bytes that it reads and writes."""
+
+
+@dataclass
+class Traced:
+    """What a trace saw."""
+
+    work: Counter[Work] = field(default_factory=Counter)
+    """How often each operation ran. Views of what is there are not counted."""
+    peaks: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Most bytes that were alive at once in the forward pass, and in each half of the backward pass; what was there
+    before the trace is left out."""
+    forward: float = 0.0
+    """Bytes that were alive when the backward pass began: what is kept for it."""
+    calls: float = 0.0
+    """Operations in all, views among them."""
+    kept: Counter[str] = field(default_factory=Counter)
+    """Bytes that lived when the backward pass began, by the module that made them; empty where nobody asked."""
+
+    @property
+    def peak(self) -> float:
+        """Most bytes that were alive at once."""
+        return max(self.peaks)
+
+    @property
+    def flops(self) -> float:
+        """Of the products, a multiplication and an addition being two."""
+        return sum(count * 2 * math.prod(work.shape) for work, count in self.work.items() if work.name in PRODUCTS)
+
+
+PRODUCTS: Mapping[str, Callable[..., tuple[int, ...]]] = {
+    "mm": lambda a, b, *_: (1, a.shape[0], a.shape[1], b.shape[1]),
+    "addmm": lambda c, a, b, *_: (1, a.shape[0], a.shape[1], b.shape[1]),
+    "addmm_": lambda c, a, b, *_: (1, a.shape[0], a.shape[1], b.shape[1]),
+    "bmm": lambda a, b, *_: (a.shape[0], a.shape[1], a.shape[2], b.shape[2]),
+    "baddbmm": lambda c, a, b, *_: (a.shape[0], a.shape[1], a.shape[2], b.shape[2]),
+    "mv": lambda a, b, *_: (1, a.shape[0], a.shape[1], 1),
+}
+"""The operations that multiply matrices, with their sizes."""
+
+
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Within the block every operation is run on shapes and noted in `traced`."""
+
+    def __init__(self, scored: int | None = None, there: nn.Module | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.traced = Traced()
+        self._scored = scored
+        self._live: dict[int, list[int]] = {}  # storage → bytes, tensors
+        self._now = 0
+        for tensor in (*there.parameters(), *there.buffers()) if there is not None else ():
+            if isinstance(tensor, Shape):  # is there before, and so are views of it
+                self._live[tensor.meta.untyped_storage()._cdata] = [0, 1]
+        self._callbacks: dict[int, weakref.ref[Tensor]] = {}
+        self._highs = [0]
+        """What was alive at the highest in each operation."""
+        self._begun: int | None = None
+        """With which of them the backward pass began."""
+        self.places: list[str] | None = None
+        """The modules that run now, the innermost last, where the caller keeps them: what is kept is told by them."""
+        self._born: dict[int, str] = {}
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs one operation."""
+        return self._run(operation, args, kwargs or {})
+
+    def __exit__(self, *exception: Any) -> None:
+        """Ends the trace."""
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        before, after = self._highs[: self._begun], self._highs[self._begun :]
+        middle = len(after) // 2
+        parts = (before, after[:middle], after[middle:])
+        self.traced.peaks = cast(Any, tuple(float(max(part, default=0)) for part in parts))
+
+    def _run(self, operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        packet = operation._overloadpacket
+        if operation.namespace == "deltatune":
+            return self._decode(args)
+        if answer := _ANSWERS.get(packet):
+            return self._wrap(answer(self, args), {}, operation, args)
+        known: dict[int, Shape] = {}
+
+        inner = [_bare(value, known) for value in args]
+        options = {name: _bare(value, known) for name, value in kwargs.items() if name != "pin_memory"}
+        if packet is aten.index:
+            inner[1] = _as_places(inner[1])
+        fresh, has_device = _form(operation)
+        if has_device and not any(value is _META for value in inner):
+            options["device"] = _META
+        with torch._C._DisableTorchDispatch():
+            out = _fresh(operation, inner, options) if fresh else operation(*inner, **options)
+        return self._wrap(out, known, operation, inner)
+
+    def _decode(self, args: Any) -> None:
+        codes, *_, words, out, _ = args
+        self.traced.calls += 1
+        numbers = out.numel()
+        size = numbers * out.element_size() + codes.nbytes * numbers // max(1, codes.numel())
+        self.traced.work[Work(f"decode {words.partition(':')[0]}", out.dtype, (numbers,), size)] += 1
+
+    def _wrap(self, out: Any, known: Mapping[int, Shape], operation: Any, inputs: list[Any]) -> Any:
+        if isinstance(out, Tensor):
+            wrapped: Any = self._one(out, known)
+        elif isinstance(out, (tuple, list)):
+            wrapped = type(out)([self._one(one, known) if isinstance(one, Tensor) else one for one in out])
+        else:
+            wrapped = out
+        self._note(operation, inputs, out, known)
+        return wrapped
+
+    def _one(self, meta: Tensor, known: Mapping[int, Shape]) -> Tensor:
+        if (same := known.get(id(meta))) is not None:
+            return same
+        if meta.device != _META:
+            return meta
+        made = Shape(meta)
+        self._watch(made, meta)
+        return made
+
+    def _watch(self, made: Shape, meta: Tensor) -> None:
+        storage = meta.untyped_storage()
+        key = storage._cdata
+        entry = self._live.get(key)
+        if entry is None:
+            self._live[key] = entry = [storage.nbytes(), 0]
+            if self.places:
+                self._born[key] = self.places[-1]
+            self._now += entry[0]
+            self._highs[-1] = max(self._highs[-1], self._now)
+        entry[1] += 1
+
+        def gone(ref: Any, key: int = key, entry: list[int] = entry, me: int = id(made)) -> None:
+            self._callbacks.pop(me, None)
+            entry[1] -= 1
+            if not entry[1]:
+                del self._live[key]
+                self._now -= entry[0]
+
+        self._callbacks[id(made)] = weakref.ref(made, gone)
+
+    def _note(self, operation: Any, inputs: list[Any], out: Any, known: Mapping[int, Shape]) -> None:
+        traced = self.traced
+        traced.calls += 1
+        self._highs.append(self._now)
+        if self._begun is None and torch._C._current_graph_task_id() != -1:  # the first operation of a backward pass
+            self._begun = len(self._highs) - 1
+            traced.forward = self._now
+            if self.places is not None:
+                traced.kept = Counter()
+                for key, (size, _) in self._live.items():
+                    traced.kept[self._born.get(key, "")] += size
+        name = operation._overloadpacket.__name__
+        outputs = [one for one in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(one, Tensor)]
+        read = [one for one in inputs if isinstance(one, Tensor)]
+        read += [one for value in inputs if isinstance(value, list) for one in value if isinstance(one, Tensor)]
+        if name in PRODUCTS:
+            shape = PRODUCTS[name](*read)
+            size = sum(one.nbytes for one in (*read, *outputs))
+            traced.work[Work(name, outputs[0].dtype, shape, size)] += 1
+            return
+        if name in _VIEWS or (not outputs and not name.endswith("_")):
+            return
+        sizes = [one.nbytes for one in read]
+        written = max((one.numel() for one in (*outputs, *read)), default=0)
+        dtype = max((*outputs, *read), key=lambda one: one.nbytes, default=torch.empty(0)).dtype
+        traced.work[Work(name, dtype, (written,), sum(sizes) + sum(one.nbytes for one in outputs))] += 1
+
+
+class _Quiet(Trace):  # type: ignore[no-untyped-call]
+    """Runs operations on shapes outside of any trace."""
+
+    def _watch(self, made: Shape, meta: Tensor) -> None:
+        return
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=_META)
+
+
+def _nonzero(trace: Trace, args: Any) -> Tensor:
+    scored = args[0].numel() if trace._scored is None else trace._scored
+    return _empty(min(scored, args[0].numel()), args[0].ndim)
+
+
+def _unique(trace: Trace, args: Any) -> tuple[Tensor, ...]:
+    like = args[0]
+    return _empty(like.numel(), dtype=like.dtype), _empty(*like.shape), _empty(like.numel())
+
+
+def _nothing(trace: Trace, args: Any) -> None:
+    return None
+
+
+_ANSWERS: Mapping[Any, Callable[[Trace, Any], Any]] = {
+    aten._local_scalar_dense: lambda trace, args: torch.ones((), dtype=args[0].dtype).item(),
+    aten.equal: lambda trace, args: False,
+    aten.nonzero: _nonzero,
+    aten._unique2: _unique,
+    aten.is_nonzero: lambda trace, args: True,
+}
+"""What depends on numbers."""
+
+
+def _bare(value: Any, known: dict[int, Shape]) -> Any:
+    """An argument with meta tensors in the place of shapes, which are put into `known`.
+
+    No closure: one that calls itself is a cycle, and would keep every tensor until the garbage is collected.
+    """
+    if isinstance(value, Shape):
+        known[id(value.meta)] = value
+        return value.meta
+    if isinstance(value, Tensor):
+        return value if value.device == _META or not value.ndim else value.to(_META)
+    if isinstance(value, torch.device):
+        return _META
+    if isinstance(value, torch.Generator):
+        return None
+    if isinstance(value, (list, tuple)):
+        return [_bare(one, known) for one in value]
+    return value
+
+
+def _as_places(indices: list[Tensor | None]) -> list[Tensor | None]:
+    """Indices with places in the stead of masks, as many as these could have at most."""
+    found: list[Tensor | None] = []
+    for one in indices:
+        masks = isinstance(one, Tensor) and one.dtype == torch.bool
+        found += [_empty(one.numel())] * one.ndim if masks and one is not None else [one]
+    return found
+
+
+@cache
+def _form(operation: Any) -> tuple[bool, bool]:
+    """Whether all that it gives is new memory, and whether it is told a device."""
+    schema = operation._schema
+    aliased = any(one.alias_info is not None for one in (*schema.arguments, *schema.returns))
+    aliased |= operation._overloadpacket is aten._unsafe_view  # which says that it is not
+    return not aliased, any(one.name == "device" for one in schema.arguments)
+
+
+_seen: dict[Any, Any] = {}
+"""What operations gave for inputs of certain shapes: to look it up takes a tenth of the time of working it out."""
+
+
+def _fresh(operation: Any, args: list[Any], options: dict[str, Any]) -> Any:
+    """Runs an operation on meta tensors, or makes what it gave the last time for such ones."""
+    key = (operation, *map(_key, args), *((name, _key(value)) for name, value in options.items()))
+    try:
+        found = _seen.get(key)
+    except TypeError:
+        return operation(*args, **options)
+    if found is None:
+        out = operation(*args, **options)
+        _seen[key] = _recipe(out)
+        return out
+    return _made(found)
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    return tuple(map(_key, value)) if isinstance(value, list) else (type(value), value)
+
+
+def _recipe(out: Any) -> Any:
+    if isinstance(out, Tensor):
+        return tuple(out.shape), out.stride(), out.dtype
+    return [_recipe(one) for one in out] if isinstance(out, (list, tuple)) else None
+
+
+def _made(recipe: Any) -> Any:
+    if isinstance(recipe, list):
+        return tuple(map(_made, recipe))
+    if recipe is None:
+        return None
+    shape, stride, dtype = recipe
+    return torch.empty_strided(shape, stride, dtype=dtype, device=_META)
+
+
+_VIEWS = frozenset(
+    [
+        "view",
+        "_unsafe_view",
+        "t",
+        "transpose",
+        "permute",
+        "detach",
+        "alias",
+        "expand",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "as_strided",
+        "chunk",
+        "lift_fresh",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "_reshape_alias",
+        "diagonal",
+        "unfold",
+        "view_as_real",
+        "view_as_complex",
+        "_local_scalar_dense",
+        "equal",
+    ]
+)
+"""Operations that move nothing."""
+
+
+def shaped(model: nn.Module) -> None:
+    """Puts shapes in the place of a meta model's parameters and buffers, shared ones once."""
+    made: dict[Tensor, Tensor] = {}
+
+    def of(tensor: Tensor) -> Tensor:
+        if tensor not in made:
+            bare = tensor.meta.to(tensor.dtype) if isinstance(tensor, Shape) else tensor.detach().to(_META)
+            new: Tensor = Shape(bare)
+            if isinstance(tensor, nn.Parameter):
+                new = nn.Parameter(new, requires_grad=tensor.requires_grad)
+            made[tensor] = new
+        return made[tensor]
+
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            for name, tensor in held.items():
+                if tensor is not None:
+                    held[name] = cast(Any, of(tensor))

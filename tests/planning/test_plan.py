@@ -1,0 +1,174 @@
+"""A plan says what a run takes before it starts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import deltatune
+from deltatune import METHODS, Training, UserError, make
+from deltatune.data.batches import Batch
+from deltatune.models.attach import attach, trainable_parameters
+from deltatune.models.base import Base, Place, outline, tasks
+from deltatune.models.count import count_on
+from deltatune.planning.bases import known, planned_base, planned_outline
+from deltatune.planning.foresight import foresee, refuse_unfit
+from deltatune.planning.machine import from_json, read_machine, sheets
+from deltatune.planning.plan import Plan, Refused, plan
+from deltatune.planning.rehearsal import BatchShape, rehearse
+from deltatune.training.classification import Classification
+from deltatune.training.precision import prepare
+from tiny import tiny_config, tiny_model
+
+FITTING = {
+    "vblora": {"vector_length": 8, "bank_size": 8},
+    "adapterfusion": {"parts": ({}, {})},
+    "select": {"parameters": "attention"},
+    "oft": {"block_size": 8},
+}
+
+
+def tiny_base(architecture: str, **options) -> Place:
+    config = tiny_config(architecture, num_labels=2, **options).to_dict()
+    return Place(
+        architecture, architecture, "", config={key: value for key, value in config.items() if value is not None}
+    )
+
+
+@pytest.mark.parametrize("name", known())
+def test_a_known_base_has_the_parameters_that_it_is_known_to_have(name: str) -> None:
+    place, facts = planned_base(name), known()[name]
+    model = planned_outline(place, () if "generation" in tasks(place) else ("no", "yes"))
+    counted = model if model.can_generate() else model.base_model
+    assert sum(parameter.numel() for parameter in counted.parameters()) + facts.get("pooler", 0) == facts["parameters"]
+
+
+def test_a_known_base_is_found_without_its_owner_and_a_wrong_one_is_named() -> None:
+    assert planned_base("llama-2-70b-hf").id == "meta-llama/Llama-2-70b-hf"
+    with pytest.raises(UserError, match="gpt3-large"):
+        planned_base("gpt3-large")
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("blocks", [2, 11])
+def test_planned_parameters_are_the_actual_ones(name: str, blocks: int) -> None:
+    place = tiny_base("bert", num_hidden_layers=blocks)
+    method = make(name, FITTING.get(name, {}))
+    model = outline(place, labels=("no", "yes"))
+    counted = count_on(model, method)
+    rehearsed = rehearse(model, method, BatchShape(2, 6), "fp32", trained=counted.trainable)
+    actual = attach(tiny_model("bert", labels=2, num_hidden_layers=blocks), method)
+    assert rehearsed.trained == counted.trainable == sum(p.numel() for p in trainable_parameters(actual).values())
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "dora", "houlsby", "prefix", "last-k", "bitfit"])
+@pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama"])
+def test_few_blocks_stand_for_all(name: str, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    deep = {"gpt2": "n_layer"}.get(architecture, "num_hidden_layers")
+    model = outline(tiny_base(architecture, **{deep: 10}), labels=("no", "yes"))
+    method = make(name)
+    trained = count_on(model, method).trainable
+    few = rehearse(model, method, BatchShape(4, 16), "bf16", trained=trained)
+    monkeypatch.setattr("deltatune.planning.rehearsal._FEW", 100)
+    every = rehearse(model, method, BatchShape(4, 16), "bf16", trained=trained)
+    assert few.step.forward == pytest.approx(every.step.forward, rel=0.01)
+    assert few.step.peak == pytest.approx(every.step.peak, rel=0.02)
+    assert few.step.flops == pytest.approx(every.step.flops, rel=0.001)
+    assert few.frozen == pytest.approx(every.frozen)
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "dora", "vera", "houlsby", "prompt", "bitfit"])
+def test_what_a_rehearsal_keeps_is_what_autograd_keeps(name: str) -> None:
+    """Of a real step every storage that the graph saves is alive when the backward pass begins."""
+    method, shape = make(name), BatchShape(8, 32)
+    model = attach(tiny_model("bert", labels=2), method)
+    prepare(model, "fp32")
+    model.train()
+    counted = count_on(outline(tiny_base("bert"), labels=("no", "yes")), method)
+    planned = rehearse(
+        outline(tiny_base("bert"), labels=("no", "yes")), method, shape, "fp32", trained=counted.trainable, short=False
+    )
+    there = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in there:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    ids = torch.randint(4, 20, (shape.examples, shape.length))
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0
+    batch = Batch({"input_ids": ids, "attention_mask": mask}, torch.zeros(8, dtype=torch.long), (0,), 256, 8)
+    task = Classification(Base(model, None, "", ""), "fp32")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        logits = task.run(batch)
+    assert sum(kept.values()) <= planned.step.forward * 1.02
+    assert sum(kept.values()) == pytest.approx(planned.step.forward, rel=0.2)
+    del logits
+
+
+def test_a_rehearsal_leaves_nothing_behind() -> None:
+    method = make("waveft", {"coefficients": 20})
+    model = outline(tiny_base("bert"), labels=("no", "yes"))
+    rehearse(model, method, BatchShape(2, 6), "fp32", trained=count_on(model, method).trainable)
+    real = attach(tiny_model("bert", labels=2), method)
+    assert all(tensor.device.type == "cpu" for tensor in (*real.parameters(), *real.buffers()))
+    assert not any(type(tensor).__name__ == "Shape" for tensor in (*real.parameters(), *real.buffers()))
+    assert model.training or not hasattr(model, "attachment")
+
+
+def test_every_method_of_a_large_base_is_planned_for_a_machine_that_is_not_there() -> None:
+    found = plan("huggyllama/llama-7b", ["lora", "full"], storage="", tokens=512, length=512, machine="rtx4090")
+    lora, full = (one for one in found if isinstance(one, Plan))
+    assert lora.fits
+    assert not full.fits
+    assert full.memory.peak > 16 * full.counted.trainable
+    assert lora.flops == pytest.approx(4 / 6 * full.flops, rel=0.05)
+    quantised = plan("huggyllama/llama-7b", "lora", storage="nf4", tokens=512, length=512, machine="rtx4090")
+    assert isinstance(quantised[0], Plan)
+    assert quantised[0].memory.weights < 0.35 * lora.memory.weights
+
+
+def test_a_method_that_does_not_fit_says_why_among_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deltatune.planning.plan.METHODS", {"head": METHODS["head"], "lora": METHODS["lora"]})
+    head, lora = plan("smollm2-135m", tokens=64, length=16, machine="t4")
+    assert isinstance(head, Refused)
+    assert "no head" in head.reason
+    assert isinstance(lora, Plan)
+    with pytest.raises(UserError, match="no head"):
+        plan("smollm2-135m", "head", tokens=64, length=16, machine="t4")
+
+
+@pytest.mark.parametrize("name", sheets())
+def test_a_sheet_names_its_source(name: str) -> None:
+    machine = read_machine(name)
+    assert machine.source
+    assert machine.memory > 2**33
+
+
+def test_a_machine_can_be_written_and_read_and_a_wrong_one_is_refused(tmp_path: Path) -> None:
+    machine = read_machine("l4")
+    assert from_json(json.loads(json.dumps(machine.as_json()))) == machine
+    (tmp_path / "mine.json").write_text("{}")
+    with pytest.raises(UserError, match="describes no machine"):
+        read_machine(str(tmp_path / "mine.json"))
+    with pytest.raises(UserError, match="h200"):
+        read_machine("h200")
+
+
+def test_a_run_that_cannot_fit_is_refused_with_settings_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = deltatune.load_data("rotten-tomatoes").limited(train=40, validation=20, test=20, seed=0)
+    place = planned_base("minilm")
+    settings = Training(batch_tokens=4096)
+    roomy = foresee(place, data, make("full"), settings)
+    refuse_unfit(roomy)
+    from dataclasses import replace
+
+    tight = replace(roomy.machine, memory=int(0.97 * roomy.plan.memory.peak))
+    with pytest.raises(UserError, match="would take") as refused:
+        refuse_unfit(foresee(place, data, make("full"), settings, machine=tight))
+    assert "--force" in refused.value.hint
+    assert "these would fit" in refused.value.hint
