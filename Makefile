@@ -2,6 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Byte code is kept even where the environment says otherwise: without it each of the tests' many processes would compile
+# PyTorch and Transformers again, ten seconds of a processor a time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test lint format docs clean browser bench speed
 
 setup: .venv/done

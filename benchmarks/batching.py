@@ -24,9 +24,7 @@ from deltatune.training.precision import Computed, prepare, resolve
 
 def tasks(base: deltatune.Base, precision: Computed) -> tuple[LanguageModelling, LanguageModelling]:
     """The task with padding, and as it is."""
-    padded = LanguageModelling(base, precision)
-    padded._packed = False
-    return padded, LanguageModelling(base, precision)
+    return LanguageModelling(base, precision, packs=False), LanguageModelling(base, precision)
 
 
 def main() -> None:

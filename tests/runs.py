@@ -6,9 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from command import Outcome, deltatune, write_reviews
+from deltatune.comparing.cell import attempt
+from deltatune.comparing.experiment import Cell
+from deltatune.comparing.processes import CellProcesses
+from deltatune.training.events import Event
 from tiny import save_tiny
 
 
@@ -40,6 +45,17 @@ def write_run(place: Path, **content: Any) -> Run:
     whole = {"base": str(place / "base"), "data": str(data), **content}
     (place / "experiment.yaml").write_text(yaml.safe_dump(whole))
     return Run(place / "run", ("compare", place / "experiment.yaml", "--out", place / "run"))
+
+
+def cells_run_here(patch: pytest.MonkeyPatch) -> None:
+    """Lets cells run in this process: for what has nothing to do with processes, whose imports take seconds."""
+
+    def run(processes: CellProcesses, cell: Cell) -> list[Event]:
+        events: list[Event] = []
+        attempt(cell, processes._cells / cell.id, events.append)
+        return events
+
+    patch.setattr(CellProcesses, "run", run)
 
 
 def until(condition: Callable[[], Any], seconds: float = 400) -> Any:

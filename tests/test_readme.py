@@ -1,15 +1,15 @@
 """The README's commands and code run as they stand."""
 
-import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-import deltatune
-from deltatune import METHODS, make
+from command import Outcome, deltatune
+from deltatune import METHODS, UserError, make, read_experiment
 from deltatune.methods import parse
 from deltatune.models.base import find_base
 from deltatune.models.count import count
@@ -22,22 +22,31 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.fixture
-def environment() -> dict[str, str]:
-    """The commands of this environment first, so that `deltatune` is the one under test."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+def run_line(line: str) -> Outcome:
+    """Runs one line of a shell in this process: `deltatune` with its words, given what an `echo` before it says."""
+    said, _, command = line.rpartition("|")
+    program, *words = shlex.split(command)
+    echo, *text = shlex.split(said) or ["echo"]
+    assert (program, echo) == ("deltatune", "echo"), f"of the shell these tests know no more than echo and |: {line}"
+    return deltatune(*words, stdin=" ".join(text) + "\n" if said else "")
 
 
-def test_the_commands_that_train_score_and_use_run_as_they_stand(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_the_commands_that_train_score_and_use_run_as_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     [commands] = blocks("bash")
-    done = subprocess.run(["bash", "-e", "-c", commands], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert '"label": "fresh"' in done.stdout or '"label": "rotten"' in done.stdout
+    said = ""
+    for line in commands.splitlines():
+        done = run_line(line)
+        assert done.code == 0, done.err
+        said += done.out
+    assert '"label": "fresh"' in said or '"label": "rotten"' in said
 
 
-def test_the_code_runs_as_it_stands(tmp_path: Path, environment: dict[str, str]) -> None:
+def test_the_code_runs_as_it_stands(tmp_path: Path) -> None:
     code = "\n".join(blocks("python"))  # each goes on from the one before
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.match(r"validation accuracy 0\.\d{3}", done.stdout)
 
@@ -60,9 +69,9 @@ OF_TRAINED_ADAPTERS = "adapterfusion.yaml"
     "file", [file for file in EXPERIMENTS if file.name != OF_TRAINED_ADAPTERS], ids=lambda f: f.name
 )
 def test_every_experiment_file_is_valid(file: Path) -> None:
-    assert deltatune.read_experiment(file, {}).cells()
+    assert read_experiment(file, {}).cells()
 
 
 def test_the_experiment_over_trained_adapters_asks_for_them() -> None:
-    with pytest.raises(deltatune.UserError, match="runs/fusion/first holds no adapter"):
-        deltatune.read_experiment(ROOT / "experiments" / OF_TRAINED_ADAPTERS, {})
+    with pytest.raises(UserError, match="runs/fusion/first holds no adapter"):
+        read_experiment(ROOT / "experiments" / OF_TRAINED_ADAPTERS, {})

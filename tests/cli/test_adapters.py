@@ -151,7 +151,8 @@ def test_methods_lists_all_and_the_options_of_one():
     assert json.loads(deltatune("methods", "lora", "--json").out) == lora
     shown = deltatune("methods", "lora").out
     assert all(option["name"] in shown and option["help"] for option in lora["options"])
-    assert all(method["name"] in deltatune("methods").out for method in every)
+    table = deltatune("methods").out
+    assert all(method["name"] in table for method in every)
 
 
 def test_methods_counts_on_a_base_what_attaching_there_trains(base):

@@ -73,7 +73,7 @@ def test_a_line_becomes_the_prompt_that_it_was_in_training(writer, form, tmp_pat
 def test_what_tune_saved_answers_as_on_its_test_rows(tmp_path):
     base = save_tiny_language_model(tmp_path / "base", "gpt2", tied=False)
     data_of(tmp_path, "prompts")
-    settings = ("--epochs", 1, "--training", "batch_tokens=128", "--training", "evaluations=1", "--precision", "fp32")
+    settings = ("--epochs", 1, "--training", "batch_tokens=128", "--training", "evaluations=1", *FEW)
     tuned = deltatune("tune", "--base", base, "--data", tmp_path / "data.csv", *settings, "--out", tmp_path / "run")
     assert tuned.code == 0, tuned.err
     tested = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""`deltatune compare` from end to end, on a tiny base, with every cell in a process of its own."""
+"""`deltatune compare` from end to end, on a tiny base, with every cell in a process of its own where that matters."""
 
 import csv
 import json
@@ -11,11 +11,9 @@ import pytest
 import yaml
 
 from command import Outcome, deltatune, write_reviews
-from deltatune.comparing import compare as comparing
-from deltatune.comparing.cell import run_cell
 from deltatune.comparing.results import CellResult
 from deltatune.training.events import Finished, Started, Step, read_events
-from runs import Run, cell_processes, until, write_run
+from runs import Run, cell_processes, cells_run_here, until, write_run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -155,7 +153,12 @@ def test_the_runs_own_experiment_yaml_starts_the_same_cells(story):
     assert story.run.times("full") | story.run.times("lora-rank-4") == before
 
 
-def test_a_cell_that_diverges_says_where(tmp_path):
+@pytest.fixture
+def without_processes(monkeypatch):
+    cells_run_here(monkeypatch)
+
+
+def test_a_cell_that_diverges_says_where(tmp_path, without_processes):
     run = write_run(tmp_path, methods=["lora:learning_rate=1e30"], training={"batch_tokens": 128})
     done = run.start("--json")
     [record] = json.loads(done.out)
@@ -164,18 +167,6 @@ def test_a_cell_that_diverges_says_where(tmp_path):
     assert "lower the learning rate" in record["hint"]
     assert record["reason"] in (run.folder / "report.html").read_text()
     assert done.code == 1
-
-
-@pytest.fixture
-def without_processes(monkeypatch):
-    """Cells run in this process: for what has nothing to do with processes."""
-
-    def run_here(processes, cell):
-        events = []
-        run_cell(cell, processes._cells / cell.id, events.append)
-        yield from events
-
-    monkeypatch.setattr(comparing.CellProcesses, "run", run_here)
 
 
 def test_changed_data_are_new_cells_and_the_old_ones_stay(tmp_path, without_processes):

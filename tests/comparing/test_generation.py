@@ -12,6 +12,7 @@ from command import Outcome, deltatune
 from deltatune.comparing.cell import run_cell
 from deltatune.comparing.experiment import make_experiment
 from deltatune.training.saved import open_adapter
+from runs import cells_run_here
 from tiny import save_tiny_language_model
 
 PAIRS = {"good": "bright", "bad": "grey", "warm": "moving", "cold": "dull"}
@@ -53,7 +54,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
     }
     (place / "experiment.yaml").write_text(yaml.safe_dump(experiment))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
+        cells_run_here(patch)
         done = deltatune("compare", place / "experiment.yaml", "--out", place / "run")
     return Story(place / "run", done)
 

@@ -141,21 +141,25 @@ def _save(tuned: Tuned, data: TextData | DialogueData, cell: Cell, folder: Path)
     )
 
 
-def main(folder: Path) -> int:
-    """Runs the cell of `folder/spec.json`, telling its events on stdout; a failure is written to failed.json."""
-    cell = Cell.model_validate(read_json(folder / SPEC))
-    with EventFile(Path("/dev/stdout")) as tell:
-        try:
-            run_cell(cell, folder, tell)
-        except UserError as error:
-            write_json(folder / FAILED, {"reason": error.message, "hint": error.hint})
-            return 1
-        except Exception as error:
-            traceback.print_exc()
-            hint = f"this is a fault of ours; see {folder / LOG}"
-            write_json(folder / FAILED, {"reason": f"{type(error).__name__}: {error}", "hint": hint})
-            return 1
+def attempt(cell: Cell, folder: Path, listen: Listener) -> int:
+    """Runs a cell; a failure is written to failed.json. Returns an exit code."""
+    try:
+        run_cell(cell, folder, listen)
+    except UserError as error:
+        write_json(folder / FAILED, {"reason": error.message, "hint": error.hint})
+        return 1
+    except Exception as error:
+        traceback.print_exc()
+        hint = f"this is a fault of ours; see {folder / LOG}"
+        write_json(folder / FAILED, {"reason": f"{type(error).__name__}: {error}", "hint": hint})
+        return 1
     return 0
+
+
+def main(folder: Path) -> int:
+    """Runs the cell of `folder/spec.json`, telling its events on stdout; see `attempt`."""
+    with EventFile(Path("/dev/stdout")) as tell:
+        return attempt(Cell.model_validate(read_json(folder / SPEC)), folder, tell)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ _CHUNK = 2**25
 class LanguageModelling:
     """A decoder or encoder–decoder and the texts that it learns to write."""
 
-    def __init__(self, base: Base, precision: Computed) -> None:
+    def __init__(self, base: Base, precision: Computed, packs: bool = True) -> None:
         self.model = base.model
         self._tokenizer = base.tokenizer
         self._precision = precision
@@ -43,8 +43,8 @@ class LanguageModelling:
         self._both = bool(base.model.config.is_encoder_decoder)
         self._chunked: bool | None = None
         """Whether the output layer alone makes the logits; None until it was tried."""
-        self._packed: bool | None = None
-        """Whether texts in one row are told apart; None until it was tried."""
+        self._packed: bool | None = None if packs else False
+        """Whether texts stand in one row, without padding; None until it was tried whether they are told apart."""
 
     def encode(self, split: Dialogues, limit: int) -> Sequences:
         """The dialogues as token ids with their targets."""

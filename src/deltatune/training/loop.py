@@ -15,6 +15,7 @@ from deltatune.models.quantise import total_parameters
 from deltatune.training.checkpointing import checkpointing
 from deltatune.training.events import Evaluated, Finished, Listener, Started, Step
 from deltatune.training.optimisers import make_optimiser
+from deltatune.training.pooled import pooled
 from deltatune.training.precision import Computed
 from deltatune.training.prefix import Prefix
 from deltatune.training.schedule import rate
@@ -64,7 +65,12 @@ def train(
     prefix = Prefix(model, settings.cache, settings.cache_on)
     some = task.collate(examples, groups[0][0][:1])
     prefix.freeze(lambda: task.run(some))
-    with torch.random.fork_rng(), checkpointing(model, settings.gradient_checkpointing):
+    several = task.collate(examples, groups[0][0][:4])
+    with (
+        torch.random.fork_rng(),
+        pooled(model, lambda: task.run(several), "pooled" not in settings.plain),
+        checkpointing(model, settings.gradient_checkpointing),
+    ):
         torch.manual_seed(seed)
         for step, group in enumerate(groups, start=1):
             began = time.perf_counter()

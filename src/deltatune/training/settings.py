@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 from deltatune.training.optimisers import Optimiser
+from deltatune.training.pieces import Piece
 from deltatune.training.precision import Precision
 
 
@@ -43,6 +44,8 @@ class Training(BaseModel):
     """Room for what enters the lowest trained block, such as 1GB: kept in the first epoch, reused in the later ones."""
     cache_on: Literal["memory", "disk"] = "memory"
     """Where: disk is files in the system's folder for temporary ones (TMPDIR), mapped into memory."""
+    plain: tuple[Piece, ...] = ()
+    """Fast pieces of the step that plain ones stand for, to see what they are worth or to find a fault in one."""
     precision: Precision = "auto"
     """auto: bf16 where the machine has it in hardware, else fp32."""
     keep: Literal["best", "last"] = "best"

@@ -13,13 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from deltatune.data import DialogueData, TextData
 from deltatune.data.batches import epoch
 from deltatune.data.tokens import length_limit
-from deltatune.dropout import replace_dropout
 from deltatune.methods import Method, Mixed, SoftPrompt
 from deltatune.models.attach import Attachment, attach, attachment, disabled
 from deltatune.models.base import Base, originals
-from deltatune.training.attention import choose_attention
 from deltatune.training.events import Finished, Listener
 from deltatune.training.loop import train
+from deltatune.training.pieces import quicken
 from deltatune.training.plain_text import plain_text_loss
 from deltatune.training.precision import Computed, prepare, resolve
 from deltatune.training.settings import Training
@@ -74,7 +73,7 @@ def tune(
     virtual_tokens = getattr(method, "virtual_tokens", 0)
     limit = length_limit(base.tokenizer, model.config, settings.max_length, virtual_tokens)
     precision = resolve(settings.precision, model.device)
-    task = task_for(base, precision)
+    task = task_for(base, precision, settings.plain)
     examples = task.encode(data.train, limit)
     if examples.truncated:
         log.warning(
@@ -84,8 +83,7 @@ def tune(
     attach(model, method, seed=seed, examples=_first_batches(task, examples, settings, seed), originals=originals(base))
     rate = settings.learning_rate or method.learning_rate
     prepare(model, precision)
-    replace_dropout(model)
-    choose_attention(model, limit)
+    quicken(model, limit, settings.plain)
     with nullcontext() if cast(Attachment, attachment(model)).trains_base else disabled(model):
         plain_text = plain_text_loss(base, precision)
     finished, scores = train(

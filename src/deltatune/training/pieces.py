@@ -1,0 +1,37 @@
+"""The fast pieces of a step. Each stands for a plain one, gives the same to rounding, and can be left out alone.
+
+| Piece | Instead of | Where |
+|---|---|---|
+| attention | Transformers' attention | texts of at most 256 tokens, on a CPU |
+| dropout | `nn.Dropout` | on a CPU |
+| norms | RMSNorm in half a dozen passes | where it is frozen, on a CPU |
+| packing | padding | decoders whose attention is told where texts begin |
+| pooled | all tokens in the last block | encoders that classify by the first token |
+
+What each is worth is measured by benchmarks/pieces.py.
+"""
+
+from collections.abc import Collection
+from typing import Literal, get_args
+
+from transformers import PreTrainedModel
+
+from deltatune.dropout import replace_dropout
+from deltatune.models.norms import replace_norms
+from deltatune.training.attention import choose_attention
+
+Piece = Literal["attention", "dropout", "norms", "packing", "pooled"]
+PIECES: tuple[Piece, ...] = get_args(Piece)
+
+
+def quicken(model: PreTrainedModel, longest: int, plain: Collection[Piece] = ()) -> None:
+    """Puts the pieces that are modules of the model into it, for texts of at most `longest` tokens.
+
+    Its weights stay the same tensors under the same names.
+    """
+    if "dropout" not in plain:
+        replace_dropout(model)
+    if "norms" not in plain:
+        replace_norms(model)
+    if "attention" not in plain:
+        choose_attention(model, longest)
