@@ -71,7 +71,8 @@ def test_a_failed_cell_is_tried_again_and_a_finished_one_is_kept(story):
 def test_a_run_leaves_the_folder_that_the_design_shows(story):
     assert story.second.code == 0
     entries = {str(path.relative_to(story.run.folder)) for path in story.run.folder.iterdir()} - {".lock"}
-    assert entries == {"experiment.yaml", "cells", "results.csv", "report.html", "plots"}
+    tables = {"results.csv", "results.parquet", "results.md"}
+    assert entries == {"experiment.yaml", "cells", "report.html", "plots"} | tables
     for cell in (story.run.folder / "cells").iterdir():
         assert {path.name for path in cell.iterdir()} == {
             *("spec.json", "events.jsonl", "result.json", "predictions.jsonl", "adapter", "stderr.log"),

@@ -21,9 +21,9 @@ from filelock import FileLock, Timeout
 from deltatune.comparing.cell import EVENTS, read_data
 from deltatune.comparing.experiment import Cell, Experiment
 from deltatune.comparing.processes import CellProcesses, finished, outcome
+from deltatune.comparing.records import write_tables
 from deltatune.comparing.report import check_installed, write_report
 from deltatune.comparing.results import CellResult, FailedCell
-from deltatune.comparing.table import write_csv
 from deltatune.data import DialogueData, TextData
 from deltatune.errors import UserError
 from deltatune.files import disk_errors, write_text
@@ -90,7 +90,7 @@ def _run(
                 continue
             results.append(result)
             curves[cell.method.label, cell.seed] = list(read_events(cell_folder / EVENTS))
-    write_csv(folder / "results.csv", results, failed)
+    write_tables(folder, results, failed)
     report = write_report(folder, resolved, results, failed, curves)
     return Comparison(folder, results, failed, report)
 
