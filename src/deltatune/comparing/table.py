@@ -15,7 +15,7 @@ from rich.text import Text
 
 from deltatune.comparing.quality import named
 from deltatune.comparing.results import CellResult, FailedCell
-from deltatune.comparing.statistics import Difference, Interval, difference, mean_interval
+from deltatune.comparing.statistics import Difference, Interval, Pair, between, mean_interval, pairs
 from deltatune.files import write_text
 
 
@@ -37,7 +37,7 @@ class Figures:
     quality: Spread
     """That metric on the test split."""
     interval: Interval
-    """Of the mean over seeds; it covers the choice of test examples, not the luck of the seed."""
+    """Of the mean; it covers the choice of test examples and, with several seeds, their luck."""
     difference: Difference | None
     """The metric minus the reference's; None for the reference itself, or where the two share no seed."""
     test: dict[str, Spread]
@@ -88,13 +88,14 @@ def rows(results: Sequence[CellResult], failed: Sequence[FailedCell] = ()) -> li
     finished = {label: [cell for cell in results if cell.label == label] for label in methods}
     full = _full(results)
     reference = (full or finished[results[0].label]) if results else []
+    found = pairs(results)
     return [
         Row(
             label=label,
             method=method,
             is_reference=bool(reference) and label == reference[0].label,
             seeds=tuple(cell.seed for cell in finished[label]),
-            figures=_figures(finished[label], reference, full) if finished[label] else None,
+            figures=_figures(finished[label], reference, full, found) if finished[label] else None,
             failures=tuple(_failure(cell) for cell in failed if cell.label == label),
         )
         for label, method in methods.items()
@@ -107,7 +108,9 @@ def _full(results: Sequence[CellResult]) -> list[CellResult]:
     return [cell for cell in results if cell.label == label]
 
 
-def _figures(cells: Sequence[CellResult], reference: Sequence[CellResult], full: Sequence[CellResult]) -> Figures:
+def _figures(
+    cells: Sequence[CellResult], reference: Sequence[CellResult], full: Sequence[CellResult], found: Sequence[Pair]
+) -> Figures:
     def spread(value: Callable[[CellResult], float]) -> Spread:
         return _spread([value(cell) for cell in cells])
 
@@ -117,7 +120,7 @@ def _figures(cells: Sequence[CellResult], reference: Sequence[CellResult], full:
         metric=first.metric,
         quality=spread(lambda cell: cell.quality),
         interval=mean_interval(cells),
-        difference=None if first.label == reference[0].label else difference(cells, reference),
+        difference=None if first.label == reference[0].label else between(found, first.label, reference[0].label),
         test={name: _spread([cell.test[name] for cell in cells]) for name in first.test},
         validation={name: _spread([cell.validation[name] for cell in cells]) for name in first.validation},
         train_loss=spread(lambda cell: cell.train_loss),
@@ -326,8 +329,8 @@ def what_intervals_cover(rows: Sequence[Row]) -> str:
             "A difference may be that luck alone; more seeds would tell."
         )
     return (
-        f"Figures are means over up to {most} seeds. Intervals of differences cover the choice of test examples and, "
-        "as roughly as so few seeds can, the luck of the seed; those of single methods cover the test examples only."
+        f"Figures are means over up to {most} seeds. Intervals cover the choice of test examples and the luck of the "
+        "seed; few seeds that matter much make them wide. Verdicts are corrected for the number of pairs (Holm)."
     )
 
 
