@@ -12,6 +12,8 @@ from deltatune.comparing.charts import colours
 from deltatune.comparing.curves import sweeps
 from deltatune.comparing.plots import plots
 from deltatune.comparing.report import again, check_installed, write_report
+from deltatune.comparing.results import Latency
+from deltatune.comparing.search import Range, Search, Trial, write_searches
 from deltatune.comparing.summary import findings, summary, tiles
 from deltatune.errors import UserError
 
@@ -94,10 +96,12 @@ def test_every_plot_is_drawn_offline_without_a_complaint(report: Path, opened, s
 @pytest.mark.browser
 def test_the_table_has_every_label_and_says_why_a_cell_failed(report: Path, opened, comparison):
     page = opened(report)
-    shown = [head.strip() for head in page.locator("tbody th").all_inner_texts()]
+    shown = [head.strip() for head in page.locator("#methods tbody th").all_inner_texts()]
     for row, text in zip(table.rows(comparison.results, comparison.failed), shown, strict=True):
         assert " ".join(text.split()).startswith(row.label)
-    assert "the loss became <b>nan</b> at step 31 (hint: lower the learning rate)" in page.locator("table").inner_text()
+    assert (
+        "the loss became <b>nan</b> at step 31 (hint: lower the learning rate)" in page.locator("#methods").inner_text()
+    )
     assert "the process was ended by signal 9 (KILL)" in page.locator(".failures").inner_text()
 
 
@@ -105,7 +109,7 @@ def test_the_table_has_every_label_and_says_why_a_cell_failed(report: Path, open
 def test_a_label_that_looks_like_a_script_is_only_a_label(report: Path, opened):
     page = opened(report)
     assert page.locator("tbody script, svg script, tbody b, .failures b").count() == 0
-    assert "<script>alert('x')</script>" in page.locator("tbody").inner_text()
+    assert "<script>alert('x')</script>" in page.locator("#methods tbody").inner_text()
     assert "<script>alert('x')</script>" in page.locator("#plot-time").text_content()
 
 
@@ -115,7 +119,7 @@ def test_twelve_methods_fit_the_page_without_scrolling_it_sideways(crowded: Path
     page = opened(crowded, width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert marks(page, "quality", "rect") == 12
-    assert page.locator("tbody tr").count() == 12
+    assert page.locator("#methods tbody tr").count() == 12
     names = page.locator("#plot-size svg .mark-text.role-mark text")
     tops = sorted(names.nth(index).bounding_box()["y"] for index in range(names.count()))
     assert len(tops) == 12
@@ -141,19 +145,19 @@ def test_a_click_on_a_heading_sorts_and_failed_methods_stay_last(report: Path, o
     page = opened(report)
     heading = page.get_by_role("button", name="Accuracy", exact=True)
     heading.click()
-    column = page.locator("tbody tr td:nth-child(2)")
+    column = page.locator("#methods tbody tr td:nth-child(2)")
     figures = [float(text.split("%")[0]) for text in column.all_inner_texts()[:4]]
     assert figures == sorted(figures, reverse=True)
     heading.click()
     assert [float(text.split("%")[0]) for text in column.all_inner_texts()[:4]] == figures[::-1]
     assert "nan" in column.all_inner_texts()[4]
-    assert page.locator("th[aria-sort]").get_attribute("aria-sort") == "ascending"
+    assert page.locator("#methods th[aria-sort]").get_attribute("aria-sort") == "ascending"
 
 
 @pytest.mark.browser
 def test_the_table_is_filtered_by_keyboard_and_its_groups_of_columns_can_go(report: Path, opened):
     page = opened(report)
-    rows, said = page.locator("tbody tr:visible"), page.locator(".filters output")
+    rows, said = page.locator("#methods tbody tr:visible"), page.locator(".filters output")
     page.get_by_label("Method", exact=True).press_sequentially("LORA")
     assert (rows.count(), said.inner_text()) == (3, "3 of 5 methods")
     page.keyboard.press("Tab")
@@ -174,7 +178,7 @@ def test_the_table_is_filtered_by_keyboard_and_its_groups_of_columns_can_go(repo
 def test_every_runs_settings_unfold_alone_from_the_table_and_together(report: Path, opened):
     page = opened(report)
     opened_runs = page.locator(".runs details[open]")
-    page.locator("tbody a", has_text=re.compile("^lora$")).click()
+    page.locator("#methods tbody a", has_text=re.compile("^lora$")).click()
     assert opened_runs.count() == 3
     assert "all-linear" in opened_runs.first.inner_text()
     assert "510000" not in opened_runs.first.inner_text()
@@ -230,7 +234,7 @@ def test_words_stand_out_and_a_screen_reader_finds_its_way(report: Path, opened,
     alternatives = [plot.get_attribute("aria-label") for plot in page.locator(".plot[role=img]").all()]
     assert len(alternatives) == len(PLOTS)
     assert all("lora" in words and re.search(r"\d", words) for words in alternatives)
-    assert page.locator("table caption").inner_text()
+    assert page.locator("#methods caption").inner_text()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "To the results"
     outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
@@ -292,6 +296,37 @@ def test_the_findings_say_who_was_compared_what_it_cost_and_who_is_worth_it(comp
     label, shown = tiles(rows)
     assert label == "lora"
     assert [tile.value for tile in shown] == ["82.7%", "61%", "69%", "1.3%"]
+
+
+@pytest.mark.browser
+def test_pairs_searches_and_what_the_test_could_show_are_on_the_page(comparison, make_cell, tmp_path, opened):
+    cells = [
+        make_cell(
+            name,
+            method,
+            accuracy=accuracy,
+            latency=Latency(tokens=27, rounds=9, base=0.004, adapted=0.005, merged=0.004),
+        )
+        for name, method, accuracy in (("full", "full", 0.83), ("lora", "lora", 0.829), ("head", "head", 0.75))
+    ]
+    trials = [
+        Trial(number=number, settings={"learning_rate": rate}, status="done", value=value, steps=92, seconds=41)
+        for number, (rate, value) in enumerate(((5e-4, 0.77), (2.13e-3, 0.81)))
+    ]
+    space = {"learning_rate": Range(low=1e-5, high=1e-2, log=True)}
+    write_searches(tmp_path, [Search(label="lora", method="lora", space=space, budget=2, seed=7, trials=tuple(trials))])
+    page = opened(write_report(tmp_path, comparison.experiment, cells, [], {}), 375)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 375
+    pairs = [row.split() for row in page.locator(".pairs tbody tr").all_inner_texts()]
+    assert [row[0] for row in pairs] == ["full", "lora", "head"]
+    assert pairs[0][1:4:2] == ["≈", "not"]
+    assert [row.count("▼") for row in pairs] == [0, 0, 2]
+    assert "would be found 4 times out of 5" in page.locator(".findings").inner_text()
+    search = page.locator("section[aria-labelledby=searches] details")
+    assert "learning_rate 0.00213" in search.inner_text()
+    search.locator("summary").press("Enter")
+    assert search.locator("tbody th").all_inner_texts() == ["0", "1 · chosen"]
+    assert page.get_by_role("columnheader", name="Pass, merged").count() == 1
 
 
 def test_nothing_is_worth_more_than_what_costs_less_and_does_as_well():

@@ -39,22 +39,22 @@ def right_or_wrong(generator: np.random.Generator, examples: int, advantage: flo
 
 
 @pytest.mark.parametrize("advantage", [0.0, 0.3])
-def test_the_bootstrap_interval_holds_the_true_difference_in_95_of_100_test_sets(make_cell, advantage: float):
+def test_the_interval_holds_the_true_difference_in_95_of_100_test_sets(make_cell, advantage: float):
     generator, template = np.random.default_rng(1), make_cell(examples=1)
     truth = np.subtract(*(answers.mean() for answers in right_or_wrong(generator, 2_000_000, advantage)))
     held = []
-    for trial in range(500):
+    for _ in range(500):
         ours, theirs = (cell(template, values) for values in right_or_wrong(generator, 400, advantage))
-        interval = difference([ours], [theirs], generator_seed=trial).interval
+        interval = difference([ours], [theirs]).interval
         held.append(interval.low <= truth <= interval.high)
     assert np.mean(held) == pytest.approx(0.95, abs=ERROR)
 
 
 def test_with_several_seeds_the_interval_covers_the_luck_of_the_seed_too(make_cell):
-    """Each seed shifts a method's accuracy: five seeds cover nearly as often as they say, one by far not."""
+    """Each seed shifts a method's accuracy: three and five seeds cover as often as they say, one by far not."""
     generator, template = np.random.default_rng(2), make_cell(examples=1)
-    held = {1: [], 5: []}
-    for trial in range(100):
+    held = {1: [], 3: [], 5: []}
+    for _ in range(200):
         hard = generator.normal(size=500)
         ours, theirs = (
             [
@@ -64,9 +64,9 @@ def test_with_several_seeds_the_interval_covers_the_luck_of_the_seed_too(make_ce
             for _ in range(2)
         )
         for seeds, hits in held.items():
-            interval = difference(ours[:seeds], theirs[:seeds], generator_seed=trial).interval
+            interval = difference(ours[:seeds], theirs[:seeds]).interval
             hits.append(interval.low <= 0 <= interval.high)
-    assert np.mean(held[5]) > 0.88
+    assert min(np.mean(held[3]), np.mean(held[5])) > 0.92
     assert np.mean(held[1]) < 0.75
 
 
@@ -91,11 +91,11 @@ def test_a_handful_of_disagreements_settles_nothing(make_cell, disagreements: in
 def test_answers_better_by_degrees_have_intervals_that_hold_the_truth(make_cell):
     generator, template = np.random.default_rng(3), make_cell(examples=1)
     held = {"mean": [], "difference": []}
-    for trial in range(120):
+    for _ in range(120):
         theirs = generator.beta(2, 3, size=200)
         ours = theirs + generator.beta(2, 5, size=200) * (1 - theirs)  # 2/7 of the rest better: 0.4 and 0.4 + 0.6 · 2/7
         one, other = cell(template, ours), cell(template, theirs)
-        found = {"mean": mean_interval([other]), "difference": difference([one], [other], trial).interval}
+        found = {"mean": mean_interval([other]), "difference": difference([one], [other]).interval}
         for name, truth in (("mean", 0.4), ("difference", 0.6 * 2 / 7)):
             held[name].append(found[name].low <= truth <= found[name].high)
     assert [np.mean(hits) for hits in held.values()] == pytest.approx([0.95, 0.95], abs=0.05)

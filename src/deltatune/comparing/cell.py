@@ -4,7 +4,7 @@
 
 FOLDER/spec.json      what to run (in)
 FOLDER/events.jsonl   what happened, line by line
-FOLDER/adapter/       what was trained
+FOLDER/adapter/       what was trained, with its model card
 FOLDER/predictions.jsonl   what it said of each test example
 FOLDER/result.json    what came out; there only when all is done
 FOLDER/failed.json    why it did not
@@ -17,6 +17,7 @@ import sys
 import traceback
 from pathlib import Path
 
+from deltatune.comparing.card import write_card
 from deltatune.comparing.experiment import Cell
 from deltatune.comparing.results import CellResult
 from deltatune.data import DialogueData, TextData, load_data
@@ -99,6 +100,7 @@ def run_cell(cell: Cell, folder: Path, listen: Listener = ignore) -> CellResult:
         model_bytes=sum(t.nbytes for t in (*base.model.parameters(), *base.model.buffers())),
         precision=tuned.precision,
     )
+    write_card(folder / ADAPTER, cell, result)
     write_json(folder / RESULT, result.model_dump(mode="json"))
     return result
 

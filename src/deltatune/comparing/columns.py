@@ -1,6 +1,6 @@
 """The columns of the page's table: how each is called, what it means, what it shows and what it is sorted by."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,8 +60,10 @@ _SIGNS = {"better": "▲ better", "worse": "▼ worse", "not distinguishable": "
 
 def columns(rows: Sequence[Row]) -> tuple[Column, ...]:
     """The columns of the page's table, in order, those of a group together."""
-    figures = next((row.figures for row in rows if row.figures), None)
-    return (*(_quality(figures) if figures else ()), *_COST)
+    first = next((row.figures for row in rows if row.figures), None)
+    latencies = [figures.latency for row in rows if (figures := row.figures)]
+    every = [*(_quality(first) if first else ()), *_COST, *_latency({name for times in latencies for name in times})]
+    return tuple(sorted(every, key=lambda column: _GROUPS.index(column.group)))
 
 
 def _quality(figures: Figures) -> Iterator[Column]:
@@ -78,7 +80,7 @@ def _quality(figures: Figures) -> Iterator[Column]:
     yield _plain(
         "Quality",
         "Difference",
-        f"{metric.title} minus the reference's, in percentage points; below it the 95% interval (paired bootstrap).",
+        f"{metric.title} minus the reference's, in percentage points; below it the 95% interval.",
         lambda figures: figures.difference.value if figures.difference else None,
         table.points,
         _gap_interval,
@@ -86,7 +88,7 @@ def _quality(figures: Figures) -> Iterator[Column]:
     yield Column(
         "Quality",
         "Verdict",
-        "Better or worse than the reference where that interval leaves out 0; else not distinguishable.",
+        "Better or worse than the reference, corrected for the number of pairs (Holm); else not distinguishable.",
         lambda figures: _SIGNS[figures.difference.verdict] if figures.difference else "",
         lambda figures: figures.difference.interval.low if figures.difference else None,
     )
@@ -105,6 +107,34 @@ def _quality(figures: Figures) -> Iterator[Column]:
             lambda figures: figures.forgotten or Spread(0, 0, 0),
             lambda number: f"{number:+.3f}".replace("-", "−"),
         )
+
+    if figures.drift:
+        yield _over_seeds(
+            "Quality",
+            "Drift",
+            "How far the states of a fixed text that is not the task moved: 1 − cosine, mean over its tokens.",
+            lambda figures: figures.drift or Spread(0, 0, 0),
+            _three_decimals,
+        )
+
+
+_GROUPS = ("Quality", "Speed", "Memory", "Size")
+_LATENCIES = {
+    "base": ("Pass, base", "the base, the adapter switched off"),
+    "adapted": ("Pass, adapted", "the adapter beside the base's weights"),
+    "merged": ("Pass, merged", "the adapter merged into them; blank where the method does not merge"),
+}
+
+
+def _latency(names: Collection[str]) -> Iterator[Column]:
+    for name, (title, what) in _LATENCIES.items():
+        if name in names:
+            meaning = f"Time of a forward pass on one test example: {what}. Median of interleaved rounds."
+            yield _plain("Speed", title, meaning, _latency_of(name), table.milliseconds)
+
+
+def _latency_of(name: str) -> Callable[[Figures], float | None]:
+    return lambda figures: figures.latency[name].mean if name in figures.latency else None
 
 
 def _figure(name: str, title: str, meaning: str, split: Literal["test", "validation"]) -> Column:

@@ -91,6 +91,56 @@ def _sweep(
     )
 
 
+def learning(done: Done, palette: Mapping[str, str]) -> list[Plot]:
+    """The metric against the number of training examples, where a comparison has several."""
+    groups: dict[str, list[tuple[Row, Figures]]] = {}
+    for row, figures in done:
+        groups.setdefault(repr((row.method, row.options)), []).append((row, figures))
+    points: list[dict[str, Any]] = [
+        {
+            "label": row.label,
+            "curve": members[0][0].label,
+            "examples": figures.train_examples,
+            "quality": figures.quality.mean,
+            "low": figures.interval.low,
+            "high": figures.interval.high,
+            "told": f"{table.percent(figures.quality.mean)} [{table.interval_text(figures.interval)}]",
+        }
+        for members in groups.values()
+        for row, figures in sorted(members, key=lambda member: member[1].train_examples)
+        if figures.train_examples
+    ]
+    sizes = sorted({int(point["examples"]) for point in points})
+    if len(sizes) < 2:
+        return []
+    x = alt.X(
+        "examples:Q",
+        scale=alt.Scale(type="log", padding=16),
+        axis=alt.Axis(title="training examples", values=sizes, format=",d", grid=False),
+    )
+    y = alt.Y("quality:Q", scale=alt.Scale(zero=False), axis=alt.Axis(format=".1%", tickCount=6, title=metric(done)))
+    hue = alt.Color("curve:N", scale=alt.Scale(domain=list(palette), range=list(palette.values())), legend=None)
+    base = marks(points).encode(
+        x=x, y=y, color=hue, tooltip=["label:N", "examples:Q", alt.Tooltip("told:N", title=metric(done))]
+    )
+    ends = [point for point in points if point["examples"] == sizes[-1]]
+    return [
+        plot(
+            "learning",
+            f"{metric(done)} with less data",
+            "One line for each method, named where it has the most examples. Upright lines: 95% interval.",
+            alt.layer(
+                base.mark_line(strokeWidth=1.75),
+                base.mark_rule(strokeWidth=1.5, opacity=0.4).encode(y=alt.Y("low:Q"), y2="high:Q"),
+                base.mark_circle(size=70, opacity=1),
+                marks(ends).mark_text(align="right", dy=-10, fontSize=11).encode(x=x, y=y, text="curve:N"),
+            ).properties(height=320),
+            (f"{point['curve']}, {point['examples']} examples: {point['told']}" for point in points),
+            wide=True,
+        )
+    ]
+
+
 def losses(labels: Sequence[str], curves: Curves, reference: str, palette: Mapping[str, str]) -> list[Plot]:
     """The losses of training and validation, a panel for each label; nothing where no step was noted."""
     points, window = _loss_points(labels, curves)

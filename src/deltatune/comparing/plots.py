@@ -22,7 +22,7 @@ from deltatune.comparing.charts import (
     seed_dots,
     unit_of_time,
 )
-from deltatune.comparing.curves import Curves, losses, sweeps
+from deltatune.comparing.curves import Curves, learning, losses, sweeps
 from deltatune.comparing.fronts import fronts
 from deltatune.comparing.quality import named
 from deltatune.comparing.results import CellResult
@@ -42,7 +42,7 @@ def plots(rows: Sequence[Row], results: Sequence[CellResult], curves: Curves) ->
         drawn.append(_difference(done, reference, palette))
     drawn += fronts(done, palette)
     drawn += [_time(done, results, palette), _memory(done, palette)]
-    drawn += sweeps(done, palette)
+    drawn += [*sweeps(done, palette), *learning(done, palette)]
     drawn += losses([row.label for row, _ in done], curves, reference, palette)
     return drawn
 
@@ -97,8 +97,8 @@ def _difference(done: Done, reference: str, palette: Mapping[str, str]) -> Plot:
     return plot(
         "difference",
         f"{metric(done)} against {reference}, in points",
-        "Lines: 95% interval, paired on the same test examples. A hollow point, whose line crosses zero, is not "
-        "distinguishable from no difference.",
+        "Lines: 95% interval, paired on the same test examples. A hollow point is not distinguishable from no "
+        "difference, corrected for the number of pairs.",
         alt.layer(zero, lines, means, *names_and_notes(gaps)),
         (f"{gap['label']}: {gap['note']}, {gap['verdict']}" for gap in gaps),
     )

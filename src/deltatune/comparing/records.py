@@ -123,11 +123,22 @@ def _measured(cell: CellResult) -> dict[str, float | str | None]:
             if cell.plain_text
             else {}
         ),
+        **({} if cell.drift is None else {"drift": cell.drift}),
         **{name: value(cell) for name, value in _COST.items()},
+        **(
+            {
+                "latency_base_seconds": cell.latency.base,
+                "latency_adapted_seconds": cell.latency.adapted,
+                "latency_merged_seconds": cell.latency.merged,
+            }
+            if cell.latency
+            else {}
+        ),
     }
 
 
 _COST: dict[str, Callable[[CellResult], float | str]] = {
+    "train_examples": lambda cell: cell.train_examples,
     "truncated_examples": lambda cell: cell.truncated,
     "steps": lambda cell: cell.steps,
     "train_seconds": lambda cell: cell.train_seconds,

@@ -13,7 +13,7 @@ for (const button of themes) button.addEventListener("click", () => { show(butto
 show(["light", "dark"].includes(recall()) ? recall() : "auto");
 
 // The table: sorted by its headings, filtered by words and verdict, with groups of columns shown or hidden.
-const table = document.querySelector(".scroll table");
+const table = document.getElementById("methods");
 const status = document.querySelector(".filters output");
 function sort(button) {
   const head = button.closest("th"), body = table.tBodies[0];
@@ -48,7 +48,7 @@ if (table) {
 }
 
 // Every run's settings, all at once or one by one; who comes from the table finds those of the method open.
-for (const link of document.querySelectorAll("tbody .label a")) link.addEventListener("click", () => {
+for (const link of document.querySelectorAll("#methods tbody a")) link.addEventListener("click", () => {
   for (const run of document.querySelectorAll(`${link.hash} details`)) run.open = true;
 });
 const runs = document.querySelectorAll(".runs details");

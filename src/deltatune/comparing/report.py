@@ -14,6 +14,8 @@ from deltatune.comparing import table
 from deltatune.comparing.columns import columns
 from deltatune.comparing.records import records
 from deltatune.comparing.results import CellResult, FailedCell
+from deltatune.comparing.search import read_searches
+from deltatune.comparing.statistics import Difference, Pair, between, pairs, power
 from deltatune.comparing.summary import findings, summary, tiles
 from deltatune.errors import UserError
 from deltatune.files import new_folder, write_bytes, write_text
@@ -48,6 +50,7 @@ def write_report(
     from deltatune.comparing import charts, plots
 
     rows = table.rows(results, failed)
+    found = pairs(results)
     shown = columns(rows)
     drawn = plots.plots(rows, results, curves)
     with new_folder(folder / "plots") as pictures:
@@ -64,7 +67,12 @@ def write_report(
         style=_beside("report.css"),
         script=_beside("report.js"),
         summary=summary(rows),
-        findings=findings(rows, results),
+        findings=findings(rows, results, power(found, len(results[0].test_values)) if results else None),
+        pairs=matrix(rows, found),
+        searches=read_searches(folder),
+        points=table.points,
+        points_interval=table.points_interval,
+        seconds=table.seconds,
         best=best,
         tiles=figures_of_best,
         caution=table.what_intervals_cover(rows),
@@ -83,6 +91,16 @@ def write_report(
     path = folder / "report.html"
     write_text(path, page)
     return path
+
+
+def matrix(rows: Sequence[table.Row], found: Sequence[Pair]) -> list[tuple[table.Row, list[Difference | None]]]:
+    """Each method against each other, the best first; none for fewer than three, whose pairs the table has."""
+    best_first = sorted(
+        (row for row in rows if row.figures), key=lambda row: -row.figures.quality.mean if row.figures else 0
+    )
+    if len(best_first) < 3:
+        return []
+    return [(row, [between(found, row.label, other.label) for other in best_first]) for row in best_first]
 
 
 def again(experiment: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,45 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 
+class Latency(BaseModel):
+    """Seconds that one forward pass takes on one test example of middling length, medians of interleaved rounds.
+
+    A method that trains the base's own weights computes as the base does: its figures are one measurement.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    tokens: int
+    """Of the example."""
+    rounds: int
+    """How often each was timed, in turn with the others."""
+    base: float
+    """The base, with the adapter switched off."""
+    adapted: float
+    """The adapter beside the base's weights."""
+    merged: float | None
+    """The adapter merged into them; None where the method cannot be merged."""
+
+
+class Trained(BaseModel):
+    """A finished trial of a search: trained and scored on validation. There is nothing of the test split in it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    label: str
+    number: int
+    """Of the trial."""
+    metric: str
+    value: float
+    """The metric on validation of the weights that were kept, larger being better; a loss counts negative."""
+    validation: dict[str, float]
+    steps: int
+    best_step: int
+    train_seconds: float
+    seconds: float
+    """From before the data was read until all was done."""
+
+
 class CellResult(BaseModel):
     """A finished cell: one method with one seed, trained and tested in a process of its own."""
 
@@ -33,7 +72,13 @@ class CellResult(BaseModel):
     """Mean over the last tenth of the steps, dropout on; 0 where nothing trained."""
     plain_text: tuple[float, float] | None = None
     """Loss of a language model on a fixed text that is not the task, before and after: what it forgot."""
+    drift: float | None = None
+    """How far a classifier's states of that fixed text moved in training: the mean over its tokens of 1 minus the
+    cosine of the last hidden state before and after. Its base has no task of its own left to be scored on: this is no
+    measure of what it lost, but where it is near 0 nothing can have been lost. None for a language model."""
 
+    train_examples: int = 0
+    """Examples that it was trained on: a comparison may have several such sizes."""
     truncated: int
     """Training examples that were longer than the limit and lost a part."""
     steps: int
@@ -50,10 +95,14 @@ class CellResult(BaseModel):
     trainable: int
     total: int
     adapter_bytes: int
-    """Size on disk of what was saved."""
+    """Size on disk of what was saved, its model card not counted."""
     model_bytes: int
     """Bytes of the adapted model's parameters and buffers in memory."""
     precision: str
+    latency: Latency | None = None
+    """None in runs of older versions."""
+    code: str = ""
+    """A mark of the code that ran it; see provenance.py."""
 
     @property
     def quality(self) -> float:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from deltatune.comparing import table
 from deltatune.comparing.quality import named
 from deltatune.comparing.results import CellResult
+from deltatune.comparing.statistics import Power
 from deltatune.comparing.table import Figures, Row, on_front
 
 
@@ -77,7 +78,7 @@ def _others(others: Sequence[Figures], reference: str) -> str:
     return f"Of the {len(others)} other methods {', '.join(parts[:-1])} and {parts[-1]}."
 
 
-def findings(rows: Sequence[Row], results: Sequence[CellResult]) -> dict[str, str]:
+def findings(rows: Sequence[Row], results: Sequence[CellResult], strength: Power | None = None) -> dict[str, str]:
     """The summary's parts in more words: what was compared, what came out better and worse, what it cost."""
     done = [(row, row.figures) for row in rows if row.figures is not None]
     if not done:
@@ -92,6 +93,8 @@ def findings(rows: Sequence[Row], results: Sequence[CellResult]) -> dict[str, st
         labels = [row.label for row, figures in done if figures.difference and figures.difference.verdict == verdict]
         if labels:
             found[title] = f"{_several(labels)}."
+    if strength:
+        found["What this test could show"] = _could_show(strength)
     found["Cost"] = " ".join(_cost(done, results))
     if len(done) > 1:
         found["Worth its price"] = " ".join(_worth(done))
@@ -133,6 +136,15 @@ def _compared(done: _Done, results: Sequence[CellResult]) -> str:
     steps = {cell.steps for cell in results if cell.steps}
     same = f"{steps.pop():,} optimiser steps each on the same examples, " if len(steps) == 1 else ""
     return f"{methods}, {seeds}, {same}tested on the same {len(results[0].test_values):,} examples."
+
+
+def _could_show(strength: Power) -> str:
+    seeds = "one seed" if strength.seeds == 1 else f"{strength.seeds} seeds"
+    pairs = "" if strength.pairs == 1 else f", with verdicts corrected for {strength.pairs} pairs"
+    return (
+        f"With {strength.examples:,} test examples and {seeds}{pairs}, a true difference of "
+        f"{100 * strength.detectable:.1f} points would be found 4 times out of 5; smaller ones mostly go unseen."
+    )
 
 
 def _cost(done: _Done, results: Sequence[CellResult]) -> Iterator[str]:

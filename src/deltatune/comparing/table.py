@@ -11,7 +11,7 @@ from rich.text import Text
 
 from deltatune.comparing.quality import named
 from deltatune.comparing.results import CellResult, FailedCell
-from deltatune.comparing.statistics import Difference, Interval, difference, mean_interval
+from deltatune.comparing.statistics import Difference, Interval, Pair, between, mean_interval, pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class Figures:
     quality: Spread
     """That metric on the test split."""
     interval: Interval
-    """Of the mean over seeds; it covers the choice of test examples, not the luck of the seed."""
+    """Of the mean; it covers the choice of test examples and, with several seeds, their luck."""
     difference: Difference | None
     """The metric minus the reference's; None for the reference itself, or where the two share no seed."""
     test: dict[str, Spread]
@@ -41,6 +41,12 @@ class Figures:
     train_loss: Spread
     forgotten: Spread | None
     """By how much the loss on a fixed text that is not the task rose; None for classifiers."""
+    drift: Spread | None
+    """How far a classifier's states of that text moved; None for language models."""
+    latency: Mapping[str, Spread]
+    """Seconds of a forward pass on one example: "base", "adapted" and, where the method merges, "merged"."""
+    train_examples: int
+    """0 in runs of older versions, which do not say it."""
     train_seconds: Spread
     time_share: float | None
     """Training time as a share of full fine-tuning's; None where that is not among the results."""
@@ -86,6 +92,7 @@ def rows(results: Sequence[CellResult], failed: Sequence[FailedCell] = ()) -> li
     finished = {label: [cell for cell in results if cell.label == label] for label in labels}
     full = full_cells(results)
     reference = (full or finished[results[0].label]) if results else []
+    found = pairs(results)
     return [
         Row(
             label=label,
@@ -93,7 +100,7 @@ def rows(results: Sequence[CellResult], failed: Sequence[FailedCell] = ()) -> li
             options=first.options,
             is_reference=bool(reference) and label == reference[0].label,
             seeds=tuple(cell.seed for cell in finished[label]),
-            figures=_figures(finished[label], reference, full) if finished[label] else None,
+            figures=_figures(finished[label], reference, full, found) if finished[label] else None,
             failures=tuple(_failure(cell) for cell in failed if cell.label == label),
         )
         for label, first in ((label, firsts[label]) for label in labels)
@@ -106,7 +113,9 @@ def full_cells(results: Sequence[CellResult]) -> list[CellResult]:
     return [cell for cell in results if cell.label == label]
 
 
-def _figures(cells: Sequence[CellResult], reference: Sequence[CellResult], full: Sequence[CellResult]) -> Figures:
+def _figures(
+    cells: Sequence[CellResult], reference: Sequence[CellResult], full: Sequence[CellResult], found: Sequence[Pair]
+) -> Figures:
     def spread(value: Callable[[CellResult], float]) -> Spread:
         return _spread([value(cell) for cell in cells])
 
@@ -116,11 +125,14 @@ def _figures(cells: Sequence[CellResult], reference: Sequence[CellResult], full:
         metric=first.metric,
         quality=spread(lambda cell: cell.quality),
         interval=mean_interval(cells),
-        difference=None if first.label == reference[0].label else difference(cells, reference),
+        difference=None if first.label == reference[0].label else between(found, first.label, reference[0].label),
         test={name: _spread([cell.test[name] for cell in cells]) for name in first.test},
         validation={name: _spread([cell.validation[name] for cell in cells]) for name in first.validation},
         train_loss=spread(lambda cell: cell.train_loss),
         forgotten=spread(_forgotten) if first.plain_text else None,
+        drift=spread(lambda cell: cell.drift or 0.0) if first.drift is not None else None,
+        latency=_latency(cells),
+        train_examples=first.train_examples,
         train_seconds=time,
         time_share=time_share(time.mean, full),
         examples_per_second=spread(lambda cell: cell.examples_per_second),
@@ -138,6 +150,12 @@ def _figures(cells: Sequence[CellResult], reference: Sequence[CellResult], full:
 
 def _spread(values: Sequence[float]) -> Spread:
     return Spread(fmean(values), min(values), max(values))
+
+
+def _latency(cells: Sequence[CellResult]) -> dict[str, Spread]:
+    measured = [cell.latency.model_dump(include={"base", "adapted", "merged"}) for cell in cells if cell.latency]
+    names = [name for name, value in measured[0].items() if value is not None] if measured else []
+    return {name: _spread([times[name] for times in measured]) for name in names}
 
 
 def _forgotten(cell: CellResult) -> float:
@@ -252,8 +270,8 @@ def what_intervals_cover(rows: Sequence[Row]) -> str:
             "A difference may be that luck alone; more seeds would tell."
         )
     return (
-        f"Figures are means over up to {most} seeds. Intervals of differences cover the choice of test examples and, "
-        "as roughly as so few seeds can, the luck of the seed; those of single methods cover the test examples only."
+        f"Figures are means over up to {most} seeds. Intervals cover the choice of test examples and the luck of the "
+        "seed; few seeds that matter much make them wide. Verdicts are corrected for the number of pairs (Holm)."
     )
 
 
@@ -309,6 +327,11 @@ def _scaled(number: float, units: Sequence[str]) -> str:
 def rate(number: float) -> str:
     """So many a second: "8,500", or "4.3" where it is slow."""
     return f"{number:,.0f}" if number >= 20 else f"{number:.1f}"
+
+
+def milliseconds(number: float) -> str:
+    """A short duration: "3.2 ms"."""
+    return f"{1000 * number:.1f} ms" if number < 0.1 else f"{1000 * number:,.0f} ms"
 
 
 def seconds(number: float) -> str:
