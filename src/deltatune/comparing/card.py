@@ -65,9 +65,8 @@ def _page(cell: Cell, result: CellResult, about: Mapping[str, Any], in_peft: boo
     yield f"# {result.label} on {Path(base['id']).name}\n"
     yield f"An adapter made with Deltatune, by {method['title']}{source}. {method['summary']}"
     share = table.small_percent(result.trainable / result.total)
-    yield (
-        f"It has {result.trainable:,} trained parameters, {share} of the model's, and takes {table.size(result.adapter_bytes)} on disk.\n"
-    )
+    stored = table.size(result.adapter_bytes)
+    yield f"It has {result.trainable:,} trained parameters, {share} of the model's, and takes {stored} on disk.\n"
     yield from _facts(cell, result, about)
     yield from _scores(cell, result)
     yield from _use(about, in_peft)
