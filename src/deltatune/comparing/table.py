@@ -176,7 +176,8 @@ def _measured(cell: CellResult) -> dict[str, float | str | None]:
     }
 
 
-_COST: dict[str, Callable[[CellResult], float | str]] = {
+_COST: dict[str, Callable[[CellResult], float | str | None]] = {
+    "train_examples": lambda cell: cell.train_examples,
     "truncated_examples": lambda cell: cell.truncated,
     "steps": lambda cell: cell.steps,
     "train_seconds": lambda cell: cell.train_seconds,
@@ -191,6 +192,10 @@ _COST: dict[str, Callable[[CellResult], float | str]] = {
     "adapter_bytes": lambda cell: cell.adapter_bytes,
     "model_bytes": lambda cell: cell.model_bytes,
     "precision": lambda cell: cell.precision,
+    "latency_base_seconds": lambda cell: cell.latency.base if cell.latency else None,
+    "latency_adapted_seconds": lambda cell: cell.latency.adapted if cell.latency else None,
+    "latency_merged_seconds": lambda cell: cell.latency.merged if cell.latency else None,
+    "drift": lambda cell: cell.drift,
 }
 
 
