@@ -70,7 +70,7 @@ def test_a_failed_cell_is_tried_again_and_a_finished_one_is_kept(story):
 
 def test_a_run_leaves_the_folder_that_the_design_shows(story):
     assert story.second.code == 0
-    entries = {str(path.relative_to(story.run.folder)) for path in story.run.folder.iterdir()} - {".lock"}
+    entries = {str(path.relative_to(story.run.folder)) for path in story.run.folder.iterdir()} - {".locks"}
     tables = {"results.csv", "results.parquet", "results.md"}
     assert entries == {"experiment.yaml", "cells", "report.html", "plots"} | tables
     for cell in (story.run.folder / "cells").iterdir():
@@ -174,7 +174,7 @@ def without_processes(monkeypatch):
 
     def run_here(processes, cell):
         events = []
-        run_cell(cell, processes._cells / cell.id, events.append)
+        run_cell(cell, processes.folder / cell.place, events.append)
         yield from events
 
     monkeypatch.setattr(comparing.CellProcesses, "run", run_here)

@@ -10,6 +10,8 @@ import altair as alt
 
 from deltatune.comparing import table
 from deltatune.comparing.charts import INK, Done, Plot, colour, marks, metric, plot
+from deltatune.comparing.results import CellResult
+from deltatune.comparing.statistics import mean_interval
 from deltatune.comparing.table import Figures, Row
 from deltatune.training.events import Evaluated, Event, Step
 
@@ -91,25 +93,17 @@ def _sweep(
     )
 
 
-def learning(done: Done, palette: Mapping[str, str]) -> list[Plot]:
+def learning(done: Done, results: Sequence[CellResult], palette: Mapping[str, str]) -> list[Plot]:
     """The metric against the number of training examples, where a comparison has several."""
-    groups: dict[str, list[tuple[Row, Figures]]] = {}
-    for row, figures in done:
-        groups.setdefault(repr((row.method, row.options)), []).append((row, figures))
-    points: list[dict[str, Any]] = [
-        {
-            "label": row.label,
-            "curve": members[0][0].label,
-            "examples": figures.train_examples,
-            "quality": figures.quality.mean,
-            "low": figures.interval.low,
-            "high": figures.interval.high,
-            "told": f"{table.percent(figures.quality.mean)} [{table.interval_text(figures.interval)}]",
-        }
-        for members in groups.values()
-        for row, figures in sorted(members, key=lambda member: member[1].train_examples)
-        if figures.train_examples
-    ]
+    groups: dict[tuple[str, int], list[CellResult]] = {}
+    for cell in sorted(results, key=lambda cell: (list(palette).index(cell.label), cell.train_examples)):
+        groups.setdefault((cell.label, cell.train_examples), []).append(cell)
+    points: list[dict[str, Any]] = []
+    for (label, examples), cells in groups.items():
+        quality, interval = fmean(cell.quality for cell in cells), mean_interval(cells)
+        told = f"{table.percent(quality)} [{table.interval_text(interval)}]"
+        point = {"label": label, "examples": examples, "quality": quality, "told": told}
+        points.append({**point, "low": interval.low, "high": interval.high})
     sizes = sorted({int(point["examples"]) for point in points})
     if len(sizes) < 2:
         return []
@@ -119,9 +113,8 @@ def learning(done: Done, palette: Mapping[str, str]) -> list[Plot]:
         axis=alt.Axis(title="training examples", values=sizes, format=",d", grid=False),
     )
     y = alt.Y("quality:Q", scale=alt.Scale(zero=False), axis=alt.Axis(format=".1%", tickCount=6, title=metric(done)))
-    hue = alt.Color("curve:N", scale=alt.Scale(domain=list(palette), range=list(palette.values())), legend=None)
     base = marks(points).encode(
-        x=x, y=y, color=hue, tooltip=["label:N", "examples:Q", alt.Tooltip("told:N", title=metric(done))]
+        x=x, y=y, color=colour(palette), tooltip=["label:N", "examples:Q", alt.Tooltip("told:N", title=metric(done))]
     )
     ends = [point for point in points if point["examples"] == sizes[-1]]
     return [
@@ -133,9 +126,9 @@ def learning(done: Done, palette: Mapping[str, str]) -> list[Plot]:
                 base.mark_line(strokeWidth=1.75),
                 base.mark_rule(strokeWidth=1.5, opacity=0.4).encode(y=alt.Y("low:Q"), y2="high:Q"),
                 base.mark_circle(size=70, opacity=1),
-                marks(ends).mark_text(align="right", dy=-10, fontSize=11).encode(x=x, y=y, text="curve:N"),
+                marks(ends).mark_text(align="right", dy=-10, fontSize=11).encode(x=x, y=y, text="label:N"),
             ).properties(height=320),
-            (f"{point['curve']}, {point['examples']} examples: {point['told']}" for point in points),
+            (f"{point['label']}, {point['examples']} examples: {point['told']}" for point in points),
             wide=True,
         )
     ]

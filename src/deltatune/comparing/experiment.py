@@ -5,12 +5,13 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from deltatune.errors import UserError, nearest
+from deltatune.comparing.search import Range, Setting, Space
+from deltatune.errors import UserError, nearest, unknown
 from deltatune.methods import Method, make, options_of, parse
 from deltatune.models.quantise import read_storages
 from deltatune.training.generation import Decoding
@@ -23,6 +24,7 @@ _OWN: tuple[str, ...] = ("learning_rate", "storage")
 """What a method of an experiment has besides its hyperparameters, and words for a method may name among them."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Limit = Annotated[int, Field(ge=1)]
 
 
 class DataChoice(BaseModel):
@@ -42,8 +44,9 @@ class DataChoice(BaseModel):
     """Words around columns that make the prompt, such as "Summarise: {document}"."""
     system: str = ""
     """What the system says before each prompt."""
-    train: int | None = Field(None, ge=1)
-    """Most training examples to use."""
+    train: Limit | Annotated[tuple[Limit, ...], Field(min_length=1)] | None = None
+    """Most training examples to use. Several, such as [200, 800, 3200], run every method with each: learning curves.
+    The smaller ones are parts of the larger."""
     validation: int | None = Field(None, ge=1)
     """Most validation examples to use."""
     test: int | None = Field(None, ge=1)
@@ -53,6 +56,16 @@ class DataChoice(BaseModel):
     @classmethod
     def _plain_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("train")
+    @classmethod
+    def _ascending(cls, train: int | tuple[int, ...] | None) -> int | tuple[int, ...] | None:
+        return tuple(sorted(set(train))) if isinstance(train, tuple) else train
+
+    @property
+    def sizes(self) -> tuple[int | None, ...]:
+        """The numbers of training examples to run with, the largest first; None is all of them."""
+        return self.train[::-1] if isinstance(self.train, tuple) else (self.train,)
 
 
 class MethodChoice(BaseModel):
@@ -70,6 +83,9 @@ class MethodChoice(BaseModel):
     """Its own peak learning rate, in place of the experiment's."""
     storage: dict[str, str] = {}
     """How the base's linear layers are stored, such as nf4, or by target: {mlp: nf4, attention: int8}."""
+    search: Space = {}
+    """What a search tries besides the learning rate: {rank: [4, 8, 16]}, or a range {dropout: {low: 0, high: 0.3}}.
+    With `learning_rate` here, that takes the place of its usual range."""
 
     @model_validator(mode="before")
     @classmethod
@@ -90,9 +106,34 @@ class MethodChoice(BaseModel):
         storage = read_storages(value.get("storage") or "")
         return {**value, "label": label, "options": options_of(make(name, options)), "storage": storage}
 
+    @model_validator(mode="after")
+    def _searchable(self) -> Self:
+        for name, values in self.search.items():
+            for value in (values.low, values.high) if isinstance(values, Range) else values:
+                chosen = self.with_settings({name: value})
+                chosen.make()
+        return self
+
     def make(self) -> Method:
         """The method itself."""
         return make(self.method, self.options)
+
+    def resized(self, size: str, value: int) -> "MethodChoice":
+        """The method with this value of the hyperparameter that makes it larger or smaller; its label says so.
+
+        A scale that follows from the rank (`alpha`, unless it is given) goes with it.
+        """
+        label = re.sub(rf"\b{size}=\d+", f"{size}={value}", self.label)
+        return MethodChoice.model_validate(
+            {**self.model_dump(), "options": {**self.options, size: value}, "label": label}
+        )
+
+    def with_settings(self, settings: Mapping[str, Setting]) -> "MethodChoice":
+        """The method with these settings, as a search names them, and nothing left to search."""
+        options = {**self.options, **{name: value for name, value in settings.items() if name != "learning_rate"}}
+        rate = settings.get("learning_rate", self.learning_rate)
+        fields = {**self.model_dump(exclude={"search"}), "options": options, "learning_rate": rate}
+        return MethodChoice.model_validate(fields)
 
 
 class Cell(BaseModel):
@@ -113,13 +154,75 @@ class Cell(BaseModel):
     @property
     def id(self) -> str:
         """Its folder's name: label, seed and a digest of everything that decides the result."""
-        spec = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        slug = re.sub(r"[^a-z0-9]+", "-", self.method.label.lower()).strip("-")[:40] or self.method.method
-        return f"{slug}-seed{self.seed}-{hashlib.sha256(spec.encode()).hexdigest()[:8]}"
+        return f"{self._slug}-seed{self.seed}-{self._digest}"
+
+    @property
+    def place(self) -> str:
+        """Its folder within the run's."""
+        return f"cells/{self.id}"
+
+    @property
+    def _slug(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.method.label.lower()).strip("-")[:40] or self.method.method
+
+    @property
+    def _digest(self) -> str:
+        spec = json.dumps(self.model_dump(mode="json", exclude={"method": {"search"}}), sort_keys=True)
+        return hashlib.sha256(spec.encode()).hexdigest()[:8]
+
+
+class TrialCell(Cell):
+    """One trial of a search: trained like a cell, scored on the validation split, with no test split to read."""
+
+    trial: int
+
+    @property
+    def id(self) -> str:
+        """Its folder's name: label, number and a digest of everything that decides the result."""
+        return f"{self._slug}-trial{self.trial}-{self._digest}"
+
+    @property
+    def place(self) -> str:
+        """Its folder within the run's."""
+        return f"trials/{self.id}"
+
+
+class Match(BaseModel):
+    """What every method is given as much of as one of them has. A plain word stands for the first method's."""
+
+    model_config = _STRICT
+
+    by: Literal["parameters", "bytes"]
+    """parameters: those that the method trains beside the head; bytes: what an adapter file holds of them."""
+    to: str = ""
+    """The label of the method whose size the others take; left out, the first."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_word(cls, value: Any) -> Any:
+        return {"by": value} if isinstance(value, str) else value
+
+
+class Tuning(BaseModel):
+    """A search for the settings of every method before it is compared: as many trials for each, on validation."""
+
+    model_config = _STRICT
+
+    trials: int = Field(ge=1)
+    """Runs for each method, each as long as a run of the experiment. The first has the settings of no search."""
+    seed: Seed = 1000
+    """Decides the trials' order of examples and first values, and what is tried; none of the experiment's seeds."""
+    span: float = Field(10.0, gt=1)
+    """Learning rates are searched from the method's own divided by this to it multiplied by this."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_number(cls, value: Any) -> Any:
+        return {"trials": value} if isinstance(value, int) else value
 
 
 class Experiment(BaseModel):
-    """What `deltatune compare` runs: every method with every seed."""
+    """What `deltatune compare` runs: every method with every seed, after a search for its settings if that is asked."""
 
     model_config = _STRICT
 
@@ -137,6 +240,10 @@ class Experiment(BaseModel):
     """How a language model writes its answers to the test prompts."""
     new_tokens: tuple[str, ...] = ()
     """Texts that become tokens of a language model, such as <tool>; their vectors train beside every method."""
+    tuning: Tuning | None = None
+    """A search for each method's settings, such as {trials: 8}; left out, every method runs with what it has."""
+    match: Match | None = None
+    """Sizes (rank, virtual tokens …) that make methods alike in one respect, such as parameters."""
 
     @field_validator("methods")
     @classmethod
@@ -152,27 +259,56 @@ class Experiment(BaseModel):
     def _once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(dict.fromkeys(seeds))
 
-    def cells(self, base: str = "", base_revision: str = "", data_revision: str = "") -> list[Cell]:
-        """Every run, seed by seed, so that a comparison that is cut short has whole rounds."""
-        return [
-            Cell(
-                base=base or self.base,
-                base_revision=base_revision,
-                data=self.data,
-                data_revision=data_revision,
-                method=choice,
-                training=self._training(choice),
-                decoding=self.decoding,
-                new_tokens=self.new_tokens,
-                seed=seed,
+    @model_validator(mode="after")
+    def _matched(self) -> Self:
+        labels = [choice.label for choice in self.methods]
+        if self.match and self.match.to and self.match.to not in labels:
+            raise unknown("method among the experiment's", self.match.to, labels)
+        return self
+
+    @model_validator(mode="after")
+    def _searched(self) -> Self:
+        if self.tuning is None:
+            for choice in self.methods:
+                if choice.search:
+                    raise UserError(
+                        f"{choice.label} says what to search, and the experiment has no search",
+                        "add  tuning: {trials: 8}",
+                    )
+        elif self.tuning.seed in self.seeds:
+            raise UserError(
+                f"the search's seed {self.tuning.seed} is one of the experiment's",
+                "choose another: what is chosen for a seed does better with it than it will with others",
             )
+        return self
+
+    def cells(self, base: str = "", base_revision: str = "", data_revision: str = "") -> list[Cell]:
+        """Every run, the largest size first and then seed by seed: one that is cut short has whole rounds."""
+        return [
+            Cell(**self.common(choice, base, base_revision, data_revision, size), seed=seed)
+            for size in self.data.sizes
             for seed in self.seeds
             for choice in self.methods
         ]
 
-    def _training(self, choice: MethodChoice) -> Training:
-        rate = choice.learning_rate or self.training.learning_rate or choice.make().learning_rate
-        return self.training.model_copy(update={"learning_rate": rate})
+    def common(
+        self, choice: MethodChoice, base: str, base_revision: str, data_revision: str, size: int | None
+    ) -> dict[str, Any]:
+        """The fields of a cell but for its seed."""
+        return {
+            "base": base or self.base,
+            "base_revision": base_revision,
+            "data": self.data.model_copy(update={"train": size}),
+            "data_revision": data_revision,
+            "method": choice.model_copy(update={"search": {}}),
+            "training": self.training.model_copy(update={"learning_rate": self.rate(choice)}),
+            "decoding": self.decoding,
+            "new_tokens": self.new_tokens,
+        }
+
+    def rate(self, choice: MethodChoice) -> float:
+        """The peak learning rate of a method: its own here, the experiment's, or the method's default."""
+        return choice.learning_rate or self.training.learning_rate or choice.make().learning_rate
 
 
 def read_experiment(path: Path | str | None, changes: Mapping[str, Any] | None = None) -> Experiment:
@@ -238,6 +374,8 @@ _PARTS: Mapping[Any, type[BaseModel]] = {
     "methods": MethodChoice,
     "training": Training,
     "decoding": Decoding,
+    "tuning": Tuning,
+    "match": Match,
 }
 _WANTED = {
     "tuple_type": "should be a list",

@@ -29,7 +29,9 @@ from deltatune.comparing.results import CellResult
 from deltatune.comparing.table import Row
 
 
-def plots(rows: Sequence[Row], results: Sequence[CellResult], curves: Curves) -> list[Plot]:
+def plots(
+    rows: Sequence[Row], results: Sequence[CellResult], curves: Curves, smaller: Sequence[CellResult] = ()
+) -> list[Plot]:
     """Every chart for which there are figures; none where no cell finished."""
     done = [(row, row.figures) for row in rows if row.figures is not None]
     if not done:
@@ -42,7 +44,7 @@ def plots(rows: Sequence[Row], results: Sequence[CellResult], curves: Curves) ->
         drawn.append(_difference(done, reference, palette))
     drawn += fronts(done, palette)
     drawn += [_time(done, results, palette), _memory(done, palette)]
-    drawn += [*sweeps(done, palette), *learning(done, palette)]
+    drawn += [*sweeps(done, palette), *learning(done, [*results, *smaller], palette)]
     drawn += losses([row.label for row, _ in done], curves, reference, palette)
     return drawn
 

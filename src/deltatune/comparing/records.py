@@ -15,10 +15,18 @@ from deltatune.comparing.table import Row, full_cells, time_share
 from deltatune.files import write_bytes, write_text
 
 
-def write_tables(folder: Path, results: Sequence[CellResult], failed: Sequence[FailedCell] = ()) -> None:
-    """Writes results.csv and results.parquet, a line for each cell, and results.md, a line for each method."""
-    write_csv(folder / "results.csv", results, failed)
-    write_parquet(folder / "results.parquet", results, failed)
+def write_tables(
+    folder: Path,
+    results: Sequence[CellResult],
+    failed: Sequence[FailedCell] = (),
+    smaller: Sequence[CellResult] = (),
+) -> None:
+    """Writes results.csv and results.parquet, a line for each cell, and results.md, a line for each method.
+
+    `smaller` are the cells that were trained on fewer examples, which stand in no table of methods.
+    """
+    write_csv(folder / "results.csv", [*results, *smaller], failed)
+    write_parquet(folder / "results.parquet", [*results, *smaller], failed)
     write_text(folder / "results.md", markdown(table.rows(results, failed)))
 
 
@@ -123,21 +131,11 @@ def _measured(cell: CellResult) -> dict[str, float | str | None]:
             if cell.plain_text
             else {}
         ),
-        **({} if cell.drift is None else {"drift": cell.drift}),
         **{name: value(cell) for name, value in _COST.items()},
-        **(
-            {
-                "latency_base_seconds": cell.latency.base,
-                "latency_adapted_seconds": cell.latency.adapted,
-                "latency_merged_seconds": cell.latency.merged,
-            }
-            if cell.latency
-            else {}
-        ),
     }
 
 
-_COST: dict[str, Callable[[CellResult], float | str]] = {
+_COST: dict[str, Callable[[CellResult], float | str | None]] = {
     "train_examples": lambda cell: cell.train_examples,
     "truncated_examples": lambda cell: cell.truncated,
     "steps": lambda cell: cell.steps,
@@ -153,4 +151,8 @@ _COST: dict[str, Callable[[CellResult], float | str]] = {
     "adapter_bytes": lambda cell: cell.adapter_bytes,
     "model_bytes": lambda cell: cell.model_bytes,
     "precision": lambda cell: cell.precision,
+    "latency_base_seconds": lambda cell: cell.latency.base if cell.latency else None,
+    "latency_adapted_seconds": lambda cell: cell.latency.adapted if cell.latency else None,
+    "latency_merged_seconds": lambda cell: cell.latency.merged if cell.latency else None,
+    "drift": lambda cell: cell.drift,
 }

@@ -37,11 +37,13 @@ def write_report(
     results: Sequence[CellResult],
     failed: Sequence[FailedCell],
     curves: "Curves",
+    smaller: Sequence[CellResult] = (),
 ) -> Path:
     """Writes report.html and each plot as SVG and PNG into `folder` and returns the path of the page.
 
     `experiment` is shown as it is; its `base` and `data` (a name, or a mapping with a `name`) make the title. `curves`
-    holds the events of each cell by label and seed. Raises UserError where the `report` extra is not installed or the
+    holds the events of each cell by label and seed; `smaller` the cells that were trained on fewer examples, for learning
+    curves. Searches are those of `folder`. Raises UserError where the `report` extra is not installed or the
     disk refuses.
     """
     check_installed()
@@ -52,7 +54,7 @@ def write_report(
     rows = table.rows(results, failed)
     found = pairs(results)
     shown = columns(rows)
-    drawn = plots.plots(rows, results, curves)
+    drawn = plots.plots(rows, results, curves, smaller)
     with new_folder(folder / "plots") as pictures:
         for plot in drawn:
             svg, png = plot.pictures()

@@ -1,8 +1,12 @@
 """What a comparison found: one result for each cell, as it stands in the cell's result.json."""
 
+from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+
+from deltatune.errors import UserError
+from deltatune.files import read_json
 
 
 class Latency(BaseModel):
@@ -26,7 +30,7 @@ class Latency(BaseModel):
 
 
 class Trained(BaseModel):
-    """A finished trial of a search: trained and scored on validation. There is nothing of the test split in it."""
+    """A trial of a search that ran to its end: trained and scored on validation. Nothing of the test split is in it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -34,14 +38,17 @@ class Trained(BaseModel):
     number: int
     """Of the trial."""
     metric: str
-    value: float
-    """The metric on validation of the weights that were kept, larger being better; a loss counts negative."""
+    value: float | None
+    """The metric on validation of the weights that were kept, larger being better: a loss counts negative. None where
+    training diverged."""
     validation: dict[str, float]
     steps: int
     best_step: int
     train_seconds: float
     seconds: float
     """From before the data was read until all was done."""
+    reason: str = ""
+    """Why it has no value."""
 
 
 class CellResult(BaseModel):
@@ -121,3 +128,16 @@ class FailedCell(BaseModel):
     seed: int
     reason: str
     hint: str = ""
+
+
+_RESULT: TypeAdapter[CellResult | Trained] = TypeAdapter(CellResult | Trained)
+
+
+def read_result(path: Path) -> CellResult | Trained | None:
+    """What stands in a result.json; None where it is missing, damaged, or from a version with other fields."""
+    if not path.is_file():
+        return None
+    try:
+        return _RESULT.validate_python(read_json(path))
+    except (UserError, ValueError):
+        return None

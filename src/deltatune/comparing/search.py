@@ -46,7 +46,7 @@ class Trial(BaseModel):
     number: int
     """From 0, which has the settings that the experiment would take without a search."""
     settings: dict[str, Setting]
-    status: Literal["done", "failed", "waiting"]
+    status: Literal["done", "failed"]
     value: float | None = None
     """The metric on validation of the weights that were kept, larger being better; None unless it is done."""
     validation: dict[str, float] = {}
@@ -76,7 +76,7 @@ class Search(BaseModel):
     """What trials were ranked by, of the validation split; "loss" stands for its negative."""
     space: Space
     budget: int
-    """Trials that every method has."""
+    """Trials: the same for every method that trains at all."""
     seed: int
     """The seed of every trial, none of the experiment's."""
     trials: tuple[Trial, ...] = ()
@@ -84,13 +84,13 @@ class Search(BaseModel):
     @property
     def done(self) -> bool:
         """Whether the budget is spent."""
-        return sum(trial.status != "waiting" for trial in self.trials) >= self.budget
+        return len(self.trials) >= self.budget
 
     @property
     def chosen(self) -> Trial | None:
-        """The trial with the best value, the first of equals; None where none finished."""
-        finished = [trial for trial in self.trials if trial.value is not None]
-        return max(finished, key=lambda trial: trial.value or 0.0, default=None)
+        """The trial with the best value, of equals that with the least loss; None where none finished."""
+        finished = [(trial.value, -trial.validation["loss"], trial) for trial in self.trials if trial.value is not None]
+        return max(finished, key=lambda one: one[:2], default=(0.0, 0.0, None))[2]
 
     @property
     def steps(self) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.data.batches import Batch, epoch
-from deltatune.errors import UserError
+from deltatune.errors import DivergedError
 from deltatune.models.attach import after_step, learning_rates, penalty, settled, trainable_parameters
 from deltatune.models.quantise import total_parameters
 from deltatune.training.checkpointing import checkpointing
@@ -167,10 +167,10 @@ class _Kept:
         return self._best
 
 
-def _diverged(step: int, loss: float, parameters: dict[str, nn.Parameter]) -> UserError:
+def _diverged(step: int, loss: float, parameters: dict[str, nn.Parameter]) -> DivergedError:
     bad = next((n for n, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()), None)
     where = f"; the first bad gradient is that of {bad}" if bad else ""
-    return UserError(
+    return DivergedError(
         f"training stopped at step {step}: the loss is {loss:.4g}{where}",
         "lower the learning rate, or use --precision fp32; the weights before this step were finite",
     )
