@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from deltatune.comparing import table
 from deltatune.comparing.charts import colours
@@ -32,16 +32,6 @@ def report(comparison, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def crowded(crowd, tmp_path_factory) -> Path:
     return written(crowd, tmp_path_factory.mktemp("crowd"))
-
-
-@pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator[Browser]:
-    quiet = ("gpu", "quic", "background-networking", "component-update", "sync")
-    arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
