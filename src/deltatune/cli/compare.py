@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from deltatune.cli import options
 from deltatune.errors import UserError
@@ -50,6 +51,7 @@ def command(
 
     Run it again to go on: finished runs are kept, failed ones are tried again.
     """
+    from deltatune.cli.live import LiveTable
     from deltatune.cli.progress import RunProgress
 
     changes = {
@@ -71,13 +73,15 @@ def command(
         "decoding": options.decoding(decoding),
     }
     folder = out or Path("runs") / (experiment.stem if experiment else "compare")
-    with RunProgress() as progress:
+    with LiveTable() if Console(stderr=True).is_terminal else RunProgress() as progress:
         from deltatune.comparing.compare import compare
         from deltatune.comparing.experiment import read_experiment
         from deltatune.comparing.records import records
         from deltatune.comparing.table import rows, terminal_table
 
         chosen = read_experiment(experiment, {key: value for key, value in changes.items() if value})
+        if isinstance(progress, LiveTable):
+            progress.expect(chosen.cells())
         done = compare(chosen, folder, progress.watch)
     if json:
         print(dumps(records(done.results, done.failed), ensure_ascii=False, indent=2))
