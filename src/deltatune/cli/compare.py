@@ -74,7 +74,8 @@ def command(
     with RunProgress() as progress:
         from deltatune.comparing.compare import compare
         from deltatune.comparing.experiment import read_experiment
-        from deltatune.comparing.table import records, rows, terminal_table
+        from deltatune.comparing.records import records
+        from deltatune.comparing.table import rows, terminal_table
 
         chosen = read_experiment(experiment, {key: value for key, value in changes.items() if value})
         done = compare(chosen, folder, progress.watch)

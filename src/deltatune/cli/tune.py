@@ -53,7 +53,7 @@ def command(
     with RunProgress() as progress:
         from deltatune.comparing.cell import ADAPTER, run_cell
         from deltatune.comparing.experiment import make_experiment
-        from deltatune.comparing.table import records
+        from deltatune.comparing.records import records
         from deltatune.methods import parse, parse_option
 
         name, given = parse(method)

@@ -2,7 +2,7 @@
 
 FOLDER/spec.json      what to run (in)
 FOLDER/events.jsonl   what happened, line by line
-FOLDER/adapter/       what was trained
+FOLDER/adapter/       what was trained, with its model card
 FOLDER/predictions.jsonl   what it said of each test example
 FOLDER/result.json    what came out; there only when all is done
 FOLDER/failed.json    why it did not
@@ -15,6 +15,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from deltatune.comparing.card import write_card
 from deltatune.comparing.experiment import Cell
 from deltatune.comparing.latency import measure_latency
 from deltatune.comparing.provenance import code_mark
@@ -96,6 +97,7 @@ def run_cell(cell: Cell, folder: Path, listen: Listener = ignore) -> CellResult:
         latency=measure_latency(base, data.test, tuned.max_length, tuned.precision),
         code=code_mark(),
     )
+    write_card(folder / ADAPTER, cell, result)
     write_json(folder / RESULT, result.model_dump(mode="json"))
     return result
 

@@ -4,7 +4,7 @@ FOLDER/experiment.yaml        resolved: every default written out, revisions, ve
 FOLDER/cells/CELL/            one folder for each run (see cell.py)
 FOLDER/trials/TRIAL/          one folder for each trial of a search (see trial.py)
 FOLDER/searches.json          what was searched, found and chosen
-FOLDER/results.csv  report.html  plots/
+FOLDER/results.csv  results.parquet  results.md  report.html  plots/
 """
 
 import os
@@ -23,12 +23,12 @@ from deltatune.comparing.locks import writing
 from deltatune.comparing.match import match
 from deltatune.comparing.processes import CellProcesses
 from deltatune.comparing.provenance import code_mark, versions
+from deltatune.comparing.records import write_tables
 from deltatune.comparing.report import check_installed, write_report
 from deltatune.comparing.results import CellResult, FailedCell, Trained
 from deltatune.comparing.search import Range, Search, write_searches
 from deltatune.comparing.searching import SearchLane, Where
 from deltatune.comparing.sharing import News, Single, Watcher, share
-from deltatune.comparing.table import write_csv
 from deltatune.data import DialogueData, TextData
 from deltatune.errors import UserError
 from deltatune.files import disk_errors, write_text
@@ -134,10 +134,10 @@ def write_results(
     largest = {place: result for place, result in finished if result.train_examples == most}
     results = list(largest.values())
     curves = {(result.label, result.seed): list(read_events(place / EVENTS)) for place, result in largest.items()}
-    with writing(folder):
-        write_csv(folder / "results.csv", [result for _, result in finished], failed)
-        report = write_report(folder, resolved, results, failed, curves)
     smaller = tuple(result for _, result in finished if result.train_examples < most)
+    with writing(folder):
+        write_tables(folder, results, failed, smaller)
+        report = write_report(folder, resolved, results, failed, curves, smaller)
     return Comparison(folder, results, list(failed), report, smaller, tuple(searches))
 
 

@@ -102,7 +102,7 @@ class CellResult(BaseModel):
     trainable: int
     total: int
     adapter_bytes: int
-    """Size on disk of what was saved."""
+    """Size on disk of what was saved, its model card not counted."""
     model_bytes: int
     """Bytes of the adapted model's parameters and buffers in memory."""
     precision: str
