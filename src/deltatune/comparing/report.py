@@ -42,8 +42,8 @@ def write_report(
     """Writes report.html and each plot as SVG and PNG into `folder` and returns the path of the page.
 
     `experiment` is shown as it is; its `base` and `data` (a name, or a mapping with a `name`) make the title. `curves`
-    holds the events of each cell by label and seed; `smaller` the cells that were trained on fewer examples, for learning
-    curves. Searches are those of `folder`. Raises UserError where the `report` extra is not installed or the
+    holds the events of each cell by label and seed; `smaller` the cells that were trained on fewer examples, for
+    learning curves. Searches are those of `folder`. Raises UserError where the `report` extra is not installed or the
     disk refuses.
     """
     check_installed()
@@ -128,7 +128,7 @@ def _facts(experiment: Mapping[str, Any]) -> dict[str, Any]:
     resolved = experiment.get("resolved", {})
     parts = {
         **{key: value for key, value in experiment.items() if key not in ("resolved", "methods")},
-        **{key: value for key, value in resolved.items() if key not in ("targets", "learning rates")},
+        **{key: value for key, value in resolved.items() if key not in ("targets", "learning rates", "cells")},
     }
     for key in ("base", "data"):
         if isinstance(own := experiment.get(key), Mapping) and isinstance(found := resolved.get(key), Mapping):
