@@ -1,14 +1,18 @@
 """Comparisons in folders of their own: started, waited for, looked at."""
 
+import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from command import Outcome, deltatune, write_reviews
+from deltatune.files import write_json
 from tiny import save_tiny
 
 
@@ -31,6 +35,26 @@ class Run:
     def times(self, label: str) -> dict[Path, int]:
         """When each file of a cell was last written."""
         return {path: path.stat().st_mtime_ns for path in self.cell(label).rglob("*")}
+
+
+@contextmanager
+def in_this_process() -> Iterator[list[str]]:
+    """Cells and trials run in this process; gives the list of those that did."""
+    from deltatune.comparing.processes import CellProcesses
+    from deltatune.comparing.worker import main
+
+    def run_here(processes, cell):
+        folder = processes.folder / cell.place
+        write_json(folder / "spec.json", cell.model_dump(mode="json"))
+        ran.append(cell.id)
+        with redirect_stdout(io.StringIO()):
+            main(folder)
+        yield from ()
+
+    ran: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CellProcesses, "run", run_here)
+        yield ran
 
 
 def write_run(place: Path, **content: Any) -> Run:

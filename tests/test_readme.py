@@ -52,7 +52,7 @@ def test_the_table_of_methods_has_them_all_with_their_counts() -> None:
         assert count(find_base("minilm"), method, labels=("no", "yes")).trainable == written
 
 
-EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.yaml"))
 OF_TRAINED_ADAPTERS = "adapterfusion.yaml"
 
 
@@ -66,3 +66,18 @@ def test_every_experiment_file_is_valid(file: Path) -> None:
 def test_the_experiment_over_trained_adapters_asks_for_them() -> None:
     with pytest.raises(deltatune.UserError, match="runs/fusion/first holds no adapter"):
         deltatune.read_experiment(ROOT / "experiments" / OF_TRAINED_ADAPTERS, {})
+
+
+CLAIMS = [file for file in EXPERIMENTS if file.parent.name == "claims"]
+
+
+@pytest.mark.parametrize("file", CLAIMS, ids=lambda file: file.name)
+def test_an_experiment_for_a_claim_says_what_is_claimed_and_what_is_tested(file: Path) -> None:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# Claimed: ")
+    assert any(line.startswith("# Tested here") for line in lines)
+    assert deltatune.read_experiment(file, {}).base in ("minilm", "smollm2"), "it runs without a hub"
+
+
+def test_there_is_an_experiment_for_every_claim_that_is_one() -> None:
+    assert len(CLAIMS) == 9

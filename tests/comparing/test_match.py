@@ -46,7 +46,7 @@ def test_every_method_with_a_size_comes_as_near_as_it_can(place, by):
     by_label = {one.label: one for one in found}
     assert by_label["lora (rank=4)"].ratio == 1
     assert by_label["loha (rank=2)"].ratio == 1  # twice LoRA's for a rank
-    assert (by_label["mine"].setting, by_label["mine"].value) == ("rank", 4)  # its magnitudes come on top
+    assert (by_label["mine"].setting, by_label["mine"].value) == ("rank", 3)  # with its magnitudes
     assert by_label["prompt"].setting == "virtual_tokens"
     assert (by_label["bitfit"].setting, by_label["bitfit"].value) == ("", None)
     assert by_label["bitfit"].ratio < 1

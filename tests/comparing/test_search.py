@@ -1,48 +1,25 @@
 """A search for settings before a comparison: the same for every method, on validation alone, and gone on with."""
 
-import io
 import json
 import math
 import os
 import subprocess
 import time
-from contextlib import contextmanager, redirect_stdout
 
 import pytest
 import yaml
 
 from command import PROGRAM, deltatune
-from deltatune.comparing import compare as comparing
 from deltatune.comparing import trial as trials
 from deltatune.comparing.experiment import TrialCell, make_experiment
 from deltatune.comparing.search import Range, Search, Trial, read_searches
 from deltatune.comparing.searching import propose
-from deltatune.comparing.worker import main
 from deltatune.data import load_data
 from deltatune.errors import UserError
-from deltatune.files import write_json
 from deltatune.training.classification import Classification
-from runs import write_run
+from runs import in_this_process, write_run
 
 TRAINING = {"epochs": 1, "batch_tokens": 256}
-
-
-@contextmanager
-def in_this_process():
-    """Cells and trials run in this process; gives the list of those that did."""
-
-    def run_here(processes, cell):
-        folder = processes.folder / cell.place
-        write_json(folder / "spec.json", cell.model_dump(mode="json"))
-        ran.append(cell.id)
-        with redirect_stdout(io.StringIO()):
-            main(folder)
-        yield from ()
-
-    ran: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparing.CellProcesses, "run", run_here)
-        yield ran
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,7 @@ def compare(experiment: Experiment, folder: Path | str, watch: Watcher = lambda 
         cells = [lane.cell for lane in lanes]
         resolved = _resolved(experiment, cells, place, data, targets)
         resolved["resolved"]["matched"] = [{**asdict(one), "ratio": one.ratio} for one in matched]
+        resolved["resolved"]["cells"] = [cell.place for cell in cells]
         text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=120)
         write_text(folder / "experiment.yaml", text)
         share(lanes, processes, watch)

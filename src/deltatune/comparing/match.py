@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from deltatune.comparing.experiment import Experiment, MethodChoice
+from deltatune.comparing.choices import MethodChoice
+from deltatune.comparing.experiment import Experiment
 from deltatune.data import DialogueData, TextData
 from deltatune.errors import UserError
 from deltatune.models.base import Place

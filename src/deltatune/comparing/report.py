@@ -128,7 +128,7 @@ def _facts(experiment: Mapping[str, Any]) -> dict[str, Any]:
     resolved = experiment.get("resolved", {})
     parts = {
         **{key: value for key, value in experiment.items() if key not in ("resolved", "methods")},
-        **{key: value for key, value in resolved.items() if key not in ("targets", "learning rates")},
+        **{key: value for key, value in resolved.items() if key not in ("targets", "learning rates", "cells")},
     }
     for key in ("base", "data"):
         if isinstance(own := experiment.get(key), Mapping) and isinstance(found := resolved.get(key), Mapping):

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from deltatune.comparing.experiment import Experiment, MethodChoice, TrialCell, Tuning
+from deltatune.comparing.choices import MethodChoice, Tuning
+from deltatune.comparing.experiment import Experiment, TrialCell
 from deltatune.comparing.results import FailedCell, Trained
 from deltatune.comparing.search import Range, Search, Setting, Space, Trial
 from deltatune.comparing.sharing import Result
