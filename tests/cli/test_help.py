@@ -7,7 +7,7 @@ import pytest
 
 from command import PROGRAM
 
-COMMANDS = ("compare", "merge-runs", "tune", "evaluate", "predict", "chat", "merge", "methods", "data show")
+COMMANDS = ("compare", "watch", "merge-runs", "tune", "evaluate", "predict", "chat", "merge", "methods", "data show")
 FIRST_WORDS = [words.split()[0] for words in COMMANDS]
 WIDE = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1"}
 

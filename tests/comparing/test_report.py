@@ -5,7 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from deltatune.comparing import table
 from deltatune.comparing.charts import colours
@@ -14,7 +14,7 @@ from deltatune.comparing.plots import plots
 from deltatune.comparing.report import again, check_installed, write_report
 from deltatune.comparing.results import Latency
 from deltatune.comparing.search import Range, Search, Trial, write_searches
-from deltatune.comparing.summary import findings, summary, tiles
+from deltatune.comparing.summary import findings, matched, summary, tiles
 from deltatune.errors import UserError
 
 PLOTS = ["quality", "difference", "size", "front-memory", "front-bytes", "time", "memory", "loss"]
@@ -32,16 +32,6 @@ def report(comparison, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def crowded(crowd, tmp_path_factory) -> Path:
     return written(crowd, tmp_path_factory.mktemp("crowd"))
-
-
-@pytest.fixture(scope="module")
-def browser(chromium: str) -> Iterator[Browser]:
-    quiet = ("gpu", "quic", "background-networking", "component-update", "sync")
-    arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -327,6 +317,15 @@ def test_pairs_searches_and_what_the_test_could_show_are_on_the_page(comparison,
     search.locator("summary").press("Enter")
     assert search.locator("tbody th").all_inner_texts() == ["0", "1 · chosen"]
     assert page.get_by_role("columnheader", name="Pass, merged").count() == 1
+
+
+def test_what_was_matched_is_said_with_how_near_it_came():
+    one = {"by": "parameters", "to": "lora", "wanted": 100.0}
+    alike = [{**one, "label": "lora", "ratio": 1.0, "setting": "rank", "value": 8}]
+    alike.append({**one, "label": "houlsby", "ratio": 1.04, "setting": "width", "value": 16})
+    words = matched({"resolved": {"matched": alike}})
+    assert words == "All methods were given sizes near the parameters of lora: houlsby 1.04× (width 16)."
+    assert matched({}) == ""
 
 
 def test_nothing_is_worth_more_than_what_costs_less_and_does_as_well():

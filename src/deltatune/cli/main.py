@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.exceptions import TyperException
 
-from deltatune.cli import chat, compare, data, evaluate, merge, merge_runs, methods, predict, tune
+from deltatune.cli import chat, compare, data, evaluate, merge, merge_runs, methods, predict, tune, watch
 from deltatune.errors import UserError
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for module in (compare, merge_runs, tune, evaluate, predict, chat, merge, methods):
+for module in (compare, watch, merge_runs, tune, evaluate, predict, chat, merge, methods):
     app.command(name=module.__name__.rpartition(".")[2].replace("_", "-"), epilog=module.EXAMPLES)(module.command)
 app.add_typer(data.app, name="data")
 

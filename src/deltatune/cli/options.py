@@ -33,6 +33,9 @@ Decoding = Annotated[
     list[str] | None,
     typer.Option(help="How it writes, such as temperature=0.7, beams=4 or max_new_tokens=200; several times."),
 ]
+Track = Annotated[
+    list[str] | None, typer.Option(help="Also write to a tracker: tensorboard, mlflow, trackio or wandb (offline).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AdapterFolder = Annotated[Path, typer.Argument(help="Folder that `tune` or `compare` wrote, or that PEFT wrote.")]
 

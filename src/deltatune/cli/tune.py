@@ -2,11 +2,14 @@
 
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deltatune.cli import options
+
+if TYPE_CHECKING:
+    from deltatune.training.events import Event
 
 EXAMPLES = """
 **Examples**
@@ -45,6 +48,7 @@ def command(
     precision: options.Precision = None,
     setting: options.Setting = None,
     decoding: options.Decoding = None,
+    track: options.Track = None,
     json: options.Json = False,
 ) -> None:
     """Trains one method on a base and saves the adapter, its settings, its events and its test scores in a folder."""
@@ -54,6 +58,7 @@ def command(
         from deltatune.comparing.cell import ADAPTER, run_cell
         from deltatune.comparing.experiment import make_experiment
         from deltatune.comparing.records import records
+        from deltatune.comparing.trackers import Trackers
         from deltatune.methods import parse, parse_option
 
         name, given = parse(method)
@@ -76,7 +81,14 @@ def command(
             "decoding": options.decoding(decoding),
         }
         [cell] = make_experiment(content, "tune").cells()
-        result = run_cell(cell, out, lambda event: progress.show(cell.method.label, event))
+        with Trackers(track or (), out) as trackers:
+
+            def listen(event: "Event") -> None:
+                progress.show(cell.method.label, event)
+                trackers.watch(cell, event)
+
+            result = run_cell(cell, out, listen)
+            trackers.watch(cell, result)
         progress.watch(cell, result)
     if json:
         print(dumps(records([result])[0], ensure_ascii=False, indent=2))

@@ -34,6 +34,19 @@ def running(folder: Path) -> FileLock:
     return _lock(folder.parents[1], f"{folder.parent.name}/{folder.name}.running")
 
 
+def is_running(folder: Path) -> bool:
+    """Whether a process runs the cell of that folder now."""
+    lock = FileLock(folder.parents[1] / ".locks" / folder.parent.name / f"{folder.name}.running")
+    if not Path(lock.lock_file).is_file():
+        return False
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return True
+    lock.release()
+    return False
+
+
 def writing(run: Path) -> FileLock:
     """Held while the results and the report of a run are written."""
     return _lock(run, "report")

@@ -16,7 +16,7 @@ from deltatune.comparing.records import records
 from deltatune.comparing.results import CellResult, FailedCell
 from deltatune.comparing.search import read_searches
 from deltatune.comparing.statistics import Difference, Pair, between, pairs, power
-from deltatune.comparing.summary import findings, summary, tiles
+from deltatune.comparing.summary import findings, matched, summary, tiles
 from deltatune.errors import UserError
 from deltatune.files import new_folder, write_bytes, write_text
 
@@ -70,6 +70,7 @@ def write_report(
         script=_beside("report.js"),
         summary=summary(rows),
         findings=findings(rows, results, power(found, len(results[0].test_values)) if results else None),
+        matched=matched(experiment),
         pairs=matrix(rows, found),
         searches=read_searches(folder),
         points=table.points,

@@ -1,7 +1,8 @@
 """What came out of a comparison in plain sentences, made from the figures."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from deltatune.comparing import table
 from deltatune.comparing.quality import named
@@ -136,6 +137,19 @@ def _compared(done: _Done, results: Sequence[CellResult]) -> str:
     steps = {cell.steps for cell in results if cell.steps}
     same = f"{steps.pop():,} optimiser steps each on the same examples, " if len(steps) == 1 else ""
     return f"{methods}, {seeds}, {same}tested on the same {len(results[0].test_values):,} examples."
+
+
+def matched(experiment: Mapping[str, Any]) -> str:
+    """What the methods were made alike in, and how near each came; empty where nothing was matched."""
+    found = experiment.get("resolved", {}).get("matched") or []
+    if not found:
+        return ""
+    others = [one for one in found if one["label"] != one["to"]]
+    near = ", ".join(
+        f"{one['label']} {one['ratio']:.2f}×" + (f" ({one['setting']} {one['value']})" if one["setting"] else "")
+        for one in others
+    )
+    return f"All methods were given sizes near the {found[0]['by']} of {found[0]['to']}: {near}."
 
 
 def _could_show(strength: Power) -> str:
