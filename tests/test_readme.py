@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import deltatune
 from deltatune import METHODS, make
@@ -81,3 +82,10 @@ def test_an_experiment_for_a_claim_says_what_is_claimed_and_what_is_tested(file:
 
 def test_there_is_an_experiment_for_every_claim_that_is_one() -> None:
     assert len(CLAIMS) == 9
+
+
+def test_the_experiment_that_the_readme_shows_is_valid() -> None:
+    [block] = re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    experiment = deltatune.make_experiment(yaml.safe_load(block))
+    assert experiment.tuning is not None
+    assert experiment.tuning.trials == 8

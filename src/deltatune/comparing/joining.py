@@ -70,6 +70,7 @@ def join(folders: Sequence[Path], out: Path) -> Comparison:
         write_text(new / "experiment.yaml", yaml.safe_dump(experiment, sort_keys=False, allow_unicode=True, width=120))
         if searches:
             write_searches(new, searches)
+            _copy_trials(runs, new)
         failed = [result for _, result in cells.values() if isinstance(result, FailedCell)]
         write_results(new, experiment, [(new / place, result) for place, result in results.items()], failed, searches)
     most = max((result.train_examples for result in results.values()), default=0)
@@ -179,6 +180,14 @@ def _searches(runs: Sequence[Run]) -> list[Search]:
                     "search on one machine, copy its folder to the others, and go on there with other seeds",
                 )
     return [search for _, search in found.values()]
+
+
+def _copy_trials(runs: Sequence[Run], new: Path) -> None:
+    """Copies the finished trials, so that who goes on with the whole need not search again."""
+    for run in runs:
+        for folder in (run.folder / "trials").glob("*"):
+            if (folder / RESULT).is_file() and not (new / "trials" / folder.name).exists():
+                shutil.copytree(folder, new / "trials" / folder.name)
 
 
 def _joined(runs: Sequence[Run]) -> dict[str, Any]:
