@@ -1,7 +1,8 @@
 """Comparisons in folders of their own: started, waited for, looked at."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 import yaml
 
 from command import Outcome, deltatune, write_reviews
-from deltatune.comparing.cell import attempt
 from deltatune.comparing.experiment import Cell
 from deltatune.comparing.processes import CellProcesses
+from deltatune.comparing.worker import attempt
+from deltatune.files import write_json
 from deltatune.training.events import Event
 from tiny import save_tiny
 
@@ -38,6 +40,23 @@ class Run:
         return {path: path.stat().st_mtime_ns for path in self.cell(label).rglob("*")}
 
 
+@contextmanager
+def in_this_process() -> Iterator[list[str]]:
+    """Cells and trials run in this process, whose imports are done; gives the list of those that did."""
+
+    def run(processes: CellProcesses, cell: Cell) -> list[Event]:
+        folder, events = processes.folder / cell.place, []
+        write_json(folder / "spec.json", cell.model_dump(mode="json"))
+        ran.append(cell.id)
+        attempt(folder, events.append)
+        return events
+
+    ran: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CellProcesses, "run", run)
+        yield ran
+
+
 def write_run(place: Path, **content: Any) -> Run:
     """A tiny base, data and an experiment file with this content; nothing is started."""
     save_tiny(place / "base", "bert")
@@ -45,17 +64,6 @@ def write_run(place: Path, **content: Any) -> Run:
     whole = {"base": str(place / "base"), "data": str(data), **content}
     (place / "experiment.yaml").write_text(yaml.safe_dump(whole))
     return Run(place / "run", ("compare", place / "experiment.yaml", "--out", place / "run"))
-
-
-def cells_run_here(patch: pytest.MonkeyPatch) -> None:
-    """Lets cells run in this process: for what has nothing to do with processes, whose imports take seconds."""
-
-    def run(processes: CellProcesses, cell: Cell) -> list[Event]:
-        events: list[Event] = []
-        attempt(cell, processes._cells / cell.id, events.append)
-        return events
-
-    patch.setattr(CellProcesses, "run", run)
 
 
 def until(condition: Callable[[], Any], seconds: float = 400) -> Any:

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from command import Outcome, deltatune
-from deltatune import METHODS, UserError, make, read_experiment
+from deltatune import METHODS, UserError, make, make_experiment, read_experiment
 from deltatune.methods import parse
 from deltatune.models.base import find_base
 from deltatune.models.count import count
@@ -61,7 +62,7 @@ def test_the_table_of_methods_has_them_all_with_their_counts() -> None:
         assert count(find_base("minilm"), method, labels=("no", "yes")).trainable == written
 
 
-EXPERIMENTS = sorted((ROOT / "experiments").glob("*.yaml"))
+EXPERIMENTS = sorted((ROOT / "experiments").rglob("*.yaml"))
 OF_TRAINED_ADAPTERS = "adapterfusion.yaml"
 
 
@@ -75,3 +76,25 @@ def test_every_experiment_file_is_valid(file: Path) -> None:
 def test_the_experiment_over_trained_adapters_asks_for_them() -> None:
     with pytest.raises(UserError, match="runs/fusion/first holds no adapter"):
         read_experiment(ROOT / "experiments" / OF_TRAINED_ADAPTERS, {})
+
+
+CLAIMS = [file for file in EXPERIMENTS if file.parent.name == "claims"]
+
+
+@pytest.mark.parametrize("file", CLAIMS, ids=lambda file: file.name)
+def test_an_experiment_for_a_claim_says_what_is_claimed_and_what_is_tested(file: Path) -> None:
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# Claimed: ")
+    assert any(line.startswith("# Tested here") for line in lines)
+    assert read_experiment(file, {}).base in ("minilm", "smollm2"), "it runs without a hub"
+
+
+def test_there_is_an_experiment_for_every_claim_that_is_one() -> None:
+    assert len(CLAIMS) == 9
+
+
+def test_the_experiment_that_the_readme_shows_is_valid() -> None:
+    [block] = re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    experiment = make_experiment(yaml.safe_load(block))
+    assert experiment.tuning is not None
+    assert experiment.tuning.trials == 8

@@ -19,6 +19,10 @@ class UserError(Exception):
         return f"{self.message}\nhint: {self.hint}" if self.hint else self.message
 
 
+class DivergedError(UserError):
+    """A run whose loss or gradient stopped being a number: its settings are no good."""
+
+
 def nearest(word: str, known: Iterable[str], count: int = 3) -> list[str]:
     """The known words most like `word`, the nearest first; all of them, in order, where none is like it."""
     known = list(dict.fromkeys(known))

@@ -54,6 +54,7 @@ def test_evaluate_repeats_the_scores_of_the_run(tuned):
         "examples": len(result["test_values"]),
         "accuracy": result["test"]["accuracy"],
         "macro_f1": result["test"]["macro_f1"],
+        "calibration_error": result["test"]["calibration_error"],
         "loss": result["test"]["loss"],
     }
 
@@ -85,7 +86,7 @@ def test_evaluate_finds_labels_by_name_in_data_that_orders_them_otherwise(tuned,
 
 def test_evaluate_prints_a_table_without_json(tuned):
     header, figures = deltatune("evaluate", tuned.folder).out.splitlines()
-    assert header.split() == ["split", "examples", "accuracy", "macro_f1", "loss"]
+    assert header.split() == ["split", "examples", "accuracy", "macro_f1", "calibration_error", "loss"]
     assert figures.split()[:2] == ["test", "8"]
 
 

@@ -9,6 +9,8 @@ from command import PROGRAM
 
 COMMANDS = (
     "compare",
+    "watch",
+    "merge-runs",
     "tune",
     "evaluate",
     "predict",

@@ -3,12 +3,13 @@
 import math
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
+from playwright.sync_api import Browser, sync_playwright
 
 from deltatune.comparing.results import CellResult, FailedCell
 from deltatune.training.events import Evaluated, Event, Finished, Started, Step
@@ -183,3 +184,13 @@ def chromium() -> str:
         give_up = pytest.fail if os.environ.get("DELTATUNE_REQUIRE_BROWSER") else pytest.skip
         give_up(f"no browser: CHROMIUM is not set and none of {', '.join(names)} is on the PATH")
     return found
+
+
+@pytest.fixture(scope="session")
+def browser(chromium: str) -> Iterator[Browser]:
+    quiet = ("gpu", "quic", "background-networking", "component-update", "sync")
+    arguments = ["--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=arguments)
+        yield browser
+        browser.close()

@@ -13,7 +13,7 @@ import yaml
 from command import Outcome, deltatune, write_reviews
 from deltatune.comparing.results import CellResult
 from deltatune.training.events import Finished, Started, Step, read_events
-from runs import Run, cell_processes, cells_run_here, until, write_run
+from runs import Run, cell_processes, in_this_process, until, write_run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,8 +68,9 @@ def test_a_failed_cell_is_tried_again_and_a_finished_one_is_kept(story):
 
 def test_a_run_leaves_the_folder_that_the_design_shows(story):
     assert story.second.code == 0
-    entries = {str(path.relative_to(story.run.folder)) for path in story.run.folder.iterdir()} - {".lock"}
-    assert entries == {"experiment.yaml", "cells", "results.csv", "report.html", "plots"}
+    entries = {str(path.relative_to(story.run.folder)) for path in story.run.folder.iterdir()} - {".locks"}
+    tables = {"results.csv", "results.parquet", "results.md"}
+    assert entries == {"experiment.yaml", "cells", "report.html", "plots"} | tables
     for cell in (story.run.folder / "cells").iterdir():
         assert {path.name for path in cell.iterdir()} == {
             *("spec.json", "events.jsonl", "result.json", "predictions.jsonl", "adapter", "stderr.log"),
@@ -110,7 +111,8 @@ def test_results_csv_and_the_table_show_what_the_cells_measured(story):
     for label, folder in {"full": story.run.cell("full"), "lora (rank=4)": story.run.cell("lora-rank-4")}.items():
         result = CellResult.model_validate_json((folder / "result.json").read_text())
         assert float(lines[label]["accuracy"]) == result.quality
-        assert int(lines[label]["adapter_bytes"]) == sum(f.stat().st_size for f in (folder / "adapter").iterdir())
+        files = [path for path in (folder / "adapter").iterdir() if path.name != "README.md"]
+        assert int(lines[label]["adapter_bytes"]) == sum(path.stat().st_size for path in files)
         assert result.peak_bytes > result.baseline_bytes > 0
         assert f"{100 * result.quality:.1f}%" in story.second.out
     assert float(lines["full"]["train_share_of_full"]) == 1
@@ -154,8 +156,9 @@ def test_the_runs_own_experiment_yaml_starts_the_same_cells(story):
 
 
 @pytest.fixture
-def without_processes(monkeypatch):
-    cells_run_here(monkeypatch)
+def without_processes():
+    with in_this_process():
+        yield
 
 
 def test_a_cell_that_diverges_says_where(tmp_path, without_processes):

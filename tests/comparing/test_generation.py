@@ -12,7 +12,7 @@ from command import Outcome, deltatune
 from deltatune.comparing.cell import run_cell
 from deltatune.comparing.experiment import make_experiment
 from deltatune.training.saved import open_adapter
-from runs import cells_run_here
+from runs import in_this_process
 from tiny import save_tiny_language_model
 
 PAIRS = {"good": "bright", "bad": "grey", "warm": "moving", "cold": "dull"}
@@ -53,8 +53,7 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         "decoding": {"max_new_tokens": 4},
     }
     (place / "experiment.yaml").write_text(yaml.safe_dump(experiment))
-    with pytest.MonkeyPatch.context() as patch:
-        cells_run_here(patch)
+    with in_this_process():
         done = deltatune("compare", place / "experiment.yaml", "--out", place / "run")
     return Story(place / "run", done)
 

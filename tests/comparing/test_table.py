@@ -1,4 +1,3 @@
-import csv
 import io
 import json
 import subprocess
@@ -9,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from deltatune.comparing import table
+from deltatune.comparing.records import records
 from deltatune.comparing.results import FailedCell
 
 
@@ -52,27 +52,11 @@ def test_a_row_has_the_mean_and_the_spread_over_its_seeds(make_cell):
 def test_rows_and_records_are_json(comparison):
     rows = table.rows(comparison.results, comparison.failed)
     assert json.loads(json.dumps([asdict(row) for row in rows], allow_nan=False))[2]["figures"]["difference"]["verdict"]
-    assert json.loads(json.dumps(table.records(comparison.results, comparison.failed), allow_nan=False))
+    assert json.loads(json.dumps(records(comparison.results, comparison.failed), allow_nan=False))
 
 
 def test_no_cells_make_no_rows():
-    assert table.rows([]) == table.records([]) == []
-
-
-def test_the_csv_has_a_line_for_each_cell_with_raw_figures(comparison, tmp_path):
-    table.write_csv(tmp_path / "results.csv", comparison.results, comparison.failed)
-    with (tmp_path / "results.csv").open(encoding="utf-8", newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert len(lines) == len(comparison.results) + len(comparison.failed)
-    lora = next(line for line in lines if line["label"] == "lora")
-    assert float(lora["accuracy"]) == comparison.results[5].quality
-    assert float(lora["accuracy_low_95"]) < float(lora["accuracy"]) < float(lora["accuracy_high_95"])
-    assert float(lora["train_share_of_full"]) == pytest.approx(60 / 99)
-    assert int(lora["peak_bytes"]) - int(lora["baseline_bytes"]) == int(lora["above_baseline_bytes"])
-    assert json.loads(lora["options"])["rank"] == 8
-    assert (lines[-1]["status"], lines[-1]["accuracy"]) == ("failed", "")
-    assert lines[-1]["reason"] == "the loss became <b>nan</b> at step 31"
-    assert lines[-1]["hint"] == "lower the learning rate"
+    assert table.rows([]) == records([]) == []
 
 
 @pytest.mark.parametrize("width", [72, 80, 100, 110, 120])

@@ -11,7 +11,7 @@ import deltatune
 from command import deltatune as command
 from conformance.cases import bits, shaken
 from deltatune import IA3, BitFit, DoRA, Full, Head, LastK, LoRA, Mixed, Norms, Select, make
-from deltatune.comparing.experiment import MethodChoice
+from deltatune.comparing.choices import MethodChoice
 from deltatune.errors import UserError
 from deltatune.files import read_json
 from deltatune.methods import Method, options_of, parse

@@ -183,6 +183,16 @@ def test_the_kept_weights_are_the_ones_that_were_scored(folder: Path, keep: str)
     assert task.evaluate(task.encode(DATA.validation, 64)) == tuned.validation
 
 
+def test_patience_stops_after_so_many_validations_without_a_better_one(folder: Path) -> None:
+    heard: list[Event] = []
+    tuned = run(folder, Head(), epochs=20, evaluations=1, learning_rate=0.5, patience=2, listen=heard.append)
+    ranks = [(e.figures["accuracy"], -e.loss) for e in heard if isinstance(e, Evaluated)]
+    best = ranks.index(max(ranks))
+    assert len(ranks) == best + 3 < 20
+    assert tuned.finished.steps == max(event.step for event in heard if isinstance(event, Step)) < heard[0].steps
+    assert (tuned.validation.figures["accuracy"], -tuned.validation.loss) == ranks[best]
+
+
 def test_a_run_that_diverges_stops_and_names_the_first_bad_tensor(folder: Path) -> None:
     with pytest.raises(UserError, match=r"stopped at step \d+: the loss is .*first bad gradient is that of ") as caught:
         run(folder, Full(), learning_rate=1e30, clip=0, epochs=2)

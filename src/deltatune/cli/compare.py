@@ -2,12 +2,17 @@
 
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from deltatune.cli import options
 from deltatune.errors import UserError
+
+if TYPE_CHECKING:
+    from deltatune.comparing.experiment import Cell
+    from deltatune.comparing.sharing import News
 
 EXAMPLES = """
 **Examples**
@@ -44,12 +49,14 @@ def command(
     precision: options.Precision = None,
     setting: options.Setting = None,
     decoding: options.Decoding = None,
+    track: options.Track = None,
     json: options.Json = False,
 ) -> None:
     """Compares methods on the same base, data, steps and seeds: accuracy, time, memory, size, in one report.
 
     Run it again to go on: finished runs are kept, failed ones are tried again.
     """
+    from deltatune.cli.live import LiveTable
     from deltatune.cli.progress import RunProgress
 
     changes = {
@@ -71,13 +78,22 @@ def command(
         "decoding": options.decoding(decoding),
     }
     folder = out or Path("runs") / (experiment.stem if experiment else "compare")
-    with RunProgress() as progress:
+    with LiveTable() if Console(stderr=True).is_terminal else RunProgress() as progress:
         from deltatune.comparing.compare import compare
         from deltatune.comparing.experiment import read_experiment
-        from deltatune.comparing.table import records, rows, terminal_table
+        from deltatune.comparing.records import records
+        from deltatune.comparing.table import rows, terminal_table
+        from deltatune.comparing.trackers import Trackers
+
+        def watch(cell: "Cell", news: "News") -> None:
+            progress.watch(cell, news)
+            trackers.watch(cell, news)
 
         chosen = read_experiment(experiment, {key: value for key, value in changes.items() if value})
-        done = compare(chosen, folder, progress.watch)
+        if isinstance(progress, LiveTable):
+            progress.expect(chosen.cells())
+        with Trackers(track or (), folder) as trackers:
+            done = compare(chosen, folder, watch)
     if json:
         print(dumps(records(done.results, done.failed), ensure_ascii=False, indent=2))
     else:

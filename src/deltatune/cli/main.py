@@ -11,7 +11,21 @@ from rich.console import Console
 from rich.markup import escape
 from typer.exceptions import TyperException
 
-from deltatune.cli import chat, compare, data, doctor, evaluate, merge, methods, plan, predict, recommend, tune
+from deltatune.cli import (
+    chat,
+    compare,
+    data,
+    doctor,
+    evaluate,
+    merge,
+    merge_runs,
+    methods,
+    plan,
+    predict,
+    recommend,
+    tune,
+    watch,
+)
 from deltatune.errors import UserError
 
 app = typer.Typer(
@@ -21,8 +35,8 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for module in (compare, tune, evaluate, predict, chat, merge, methods, plan, recommend, doctor):
-    app.command(name=module.__name__.rpartition(".")[2], epilog=module.EXAMPLES)(module.command)
+for module in (compare, watch, merge_runs, tune, evaluate, predict, chat, merge, methods, plan, recommend, doctor):
+    app.command(name=module.__name__.rpartition(".")[2].replace("_", "-"), epilog=module.EXAMPLES)(module.command)
 app.add_typer(data.app, name="data")
 
 

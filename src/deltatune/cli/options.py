@@ -42,6 +42,9 @@ Machine = Annotated[
         help="Plan for another machine: a100, h100, l4, t4, rtx4090 …, or a file `doctor --measure --json` wrote."
     ),
 ]
+Track = Annotated[
+    list[str] | None, typer.Option(help="Also write to a tracker: tensorboard, mlflow, trackio or wandb (offline).")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AdapterFolder = Annotated[Path, typer.Argument(help="Folder that `tune` or `compare` wrote, or that PEFT wrote.")]
 

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from deltatune.comparing.quality import named
-from deltatune.comparing.results import CellResult, FailedCell
+from deltatune.comparing.results import CellResult, FailedCell, Trained
 from deltatune.training.events import Evaluated, Event, Finished, Started, Step
 
 if TYPE_CHECKING:  # the bar is there before the seconds that torch and transformers take to import
@@ -58,13 +58,18 @@ class RunProgress:
     ) -> None:
         self._bar.stop()
 
-    def watch(self, cell: "Cell", news: Event | CellResult | FailedCell) -> None:
+    def watch(self, cell: "Cell", news: Event | CellResult | FailedCell | Trained) -> None:
         """Listens to a comparison: a bar for the cell that runs, a line for each that is over."""
-        name = f"{cell.method.label}, seed {cell.seed}"
+        trial = getattr(cell, "trial", None)
+        name = f"{cell.method.label}, " + (f"seed {cell.seed}" if trial is None else f"trial {trial}")
         match news:
             case CellResult():
                 ran = f"{news.train_seconds:.0f} s of training" if self._ran else "kept from before"
                 self._over(f"{name}: {named(news.metric).word} {news.quality:.1%} on test, {ran}")
+            case Trained():
+                self._over(
+                    f"{name}: " + (news.reason or f"validation {named(news.metric).word} {abs(news.value or 0):.3f}")
+                )
             case FailedCell():
                 self._over(f"{name}: failed: {news.reason}")
             case _:

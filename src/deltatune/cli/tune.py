@@ -2,11 +2,14 @@
 
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from deltatune.cli import options
+
+if TYPE_CHECKING:
+    from deltatune.training.events import Event
 
 EXAMPLES = """
 **Examples**
@@ -46,6 +49,7 @@ def command(
     setting: options.Setting = None,
     decoding: options.Decoding = None,
     force: Annotated[bool, typer.Option("--force", help="Run even if the plan exceeds this machine's memory.")] = False,
+    track: options.Track = None,
     json: options.Json = False,
 ) -> None:
     """Trains one method on a base and saves the adapter, its settings, its events and its test scores in a folder."""
@@ -54,7 +58,8 @@ def command(
     with RunProgress() as progress:
         from deltatune.comparing.cell import ADAPTER, run_cell
         from deltatune.comparing.experiment import make_experiment
-        from deltatune.comparing.table import records
+        from deltatune.comparing.records import records
+        from deltatune.comparing.trackers import Trackers
         from deltatune.methods import parse, parse_option
 
         name, given = parse(method)
@@ -77,7 +82,14 @@ def command(
             "decoding": options.decoding(decoding),
         }
         [cell] = make_experiment(content, "tune").cells()
-        result = run_cell(cell, out, lambda event: progress.show(cell.method.label, event), force=force)
+        with Trackers(track or (), out) as trackers:
+
+            def listen(event: "Event") -> None:
+                progress.show(cell.method.label, event)
+                trackers.watch(cell, event)
+
+            result = run_cell(cell, out, listen, force=force)
+            trackers.watch(cell, result)
         progress.watch(cell, result)
     if json:
         print(dumps(records([result])[0], ensure_ascii=False, indent=2))

@@ -1,31 +1,32 @@
 """One cell, run in this process: train, score on test, save.
 
-`python -m deltatune.comparing.cell FOLDER` runs one alone:
-
 FOLDER/spec.json      what to run (in)
 FOLDER/events.jsonl   what happened, line by line
-FOLDER/adapter/       what was trained
+FOLDER/adapter/       what was trained, with its model card
 FOLDER/predictions.jsonl   what it said of each test example
 FOLDER/result.json    what came out; there only when all is done
 FOLDER/failed.json    why it did not
 FOLDER/stderr.log     what libraries said, and where a failure happened
+
+See worker.py for the process around it.
 """
 
 import hashlib
 import json
 import logging
-import sys
-import traceback
 from pathlib import Path
 
+from deltatune.comparing.card import write_card
 from deltatune.comparing.experiment import Cell
+from deltatune.comparing.latency import measure_latency
+from deltatune.comparing.provenance import code_mark
 from deltatune.comparing.results import CellResult
 from deltatune.data import DialogueData, TextData, load_data
 from deltatune.errors import UserError
-from deltatune.files import read_json, write_json, write_text
+from deltatune.files import write_json, write_text
 from deltatune.models.adapters import save_adapter
 from deltatune.models.attach import trainable_parameters
-from deltatune.models.base import find_base, load
+from deltatune.models.base import Base, find_base, load
 from deltatune.models.count import count
 from deltatune.models.quantise import total_parameters
 from deltatune.models.vocabulary import add_tokens
@@ -33,7 +34,7 @@ from deltatune.planning.foresight import Foreseen, foresee, refuse_unfit
 from deltatune.training.asking import asking
 from deltatune.training.events import Event, EventFile, Listener, Planned, Step
 from deltatune.training.memory import peak, resident
-from deltatune.training.plain_text import plain_text_loss
+from deltatune.training.plain_text import drift, plain_text_loss, plain_text_states
 from deltatune.training.tasks import task_for
 from deltatune.training.tune import Tuned, ignore, tune
 
@@ -44,13 +45,6 @@ PREDICTIONS = "predictions.jsonl"
 FAILED, LOG = "failed.json", "stderr.log"
 
 
-def prepare_folder(cell: Cell, folder: Path) -> None:
-    """Writes the cell's spec and takes away what an earlier try came to."""
-    write_json(folder / SPEC, cell.model_dump(mode="json"))
-    for name in (RESULT, FAILED):
-        (folder / name).unlink(missing_ok=True)
-
-
 def run_cell(
     cell: Cell, folder: Path, listen: Listener = ignore, *, force: bool = False, forked: bool = False
 ) -> CellResult:
@@ -59,16 +53,15 @@ def run_cell(
     Raises `UserError` before anything is loaded where the plan says that memory would not do; `force` tries all the
     same. `forked`: in a process that shares what another one has imported.
     """
-    prepare_folder(cell, folder)
+    write_json(folder / SPEC, cell.model_dump(mode="json"))
+    for name in (RESULT, FAILED):  # what an earlier try came to
+        (folder / name).unlink(missing_ok=True)
     data = read_data(cell)
     baseline = resident()
-    count(find_base(cell.base, cell.base_revision), cell.method.make(), data.labels)  # refuses before weights are read
     planned = _planned(cell, data, forked)
     if planned is not None and not force:
         refuse_unfit(planned)
-    base = load(cell.base, revision=cell.base_revision, labels=data.labels, seed=cell.seed, storage=cell.method.storage)
-    if cell.new_tokens:
-        add_tokens(base, cell.new_tokens)
+    base = load_base(cell, data)
     steps: list[Step] = []
 
     def note(event: Event) -> None:
@@ -84,11 +77,12 @@ def run_cell(
     trained = peak()
     task = task_for(base, tuned.precision)
     test = task.test(data.test, tuned.max_length, cell.decoding)
-    after = plain_text_loss(base, tuned.precision)
+    after, states = plain_text_loss(base, tuned.precision), plain_text_states(base, tuned.precision)
     _save(tuned, data, cell, folder / ADAPTER)
     write_text(folder / PREDICTIONS, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in test.outputs))
     last = steps[-max(1, len(steps) // 10) :]
     seconds = tuned.finished.seconds
+    highest = peak()
     result = CellResult(
         label=cell.method.label,
         method=cell.method.method,
@@ -102,12 +96,14 @@ def run_cell(
         validation=dict(tuned.validation.figures),
         train_loss=sum(step.loss for step in last) / max(1, len(last)),
         plain_text=None if tuned.plain_text is None or after is None else (tuned.plain_text, after),
+        drift=None if tuned.plain_states is None or states is None else drift(tuned.plain_states, states),
+        train_examples=len(data.train),
         truncated=tuned.truncated,
         steps=tuned.finished.steps,
         train_seconds=seconds,
         examples_per_second=steps[-1].examples / seconds if steps else 0.0,
         tokens_per_second=steps[-1].tokens / seconds if steps else 0.0,
-        peak_bytes=peak(),
+        peak_bytes=highest,
         baseline_bytes=baseline,
         training_peak_bytes=trained,
         planned_peak_bytes=None if planned is None else round(planned.plan.memory.peak),
@@ -117,7 +113,10 @@ def run_cell(
         adapter_bytes=sum(file.stat().st_size for file in (folder / ADAPTER).iterdir()),
         model_bytes=sum(t.nbytes for t in (*base.model.parameters(), *base.model.buffers())),
         precision=tuned.precision,
+        latency=measure_latency(base, data.test, tuned.max_length, tuned.precision),
+        code=code_mark(),
     )
+    write_card(folder / ADAPTER, cell, result)
     write_json(folder / RESULT, result.model_dump(mode="json"))
     return result
 
@@ -143,6 +142,15 @@ def _planned(cell: Cell, data: TextData | DialogueData, forked: bool) -> Foresee
         return None
 
 
+def load_base(cell: Cell, data: TextData | DialogueData) -> Base:
+    """The cell's base for these data. Raises `UserError` for a method that does not fit, before weights are read."""
+    count(find_base(cell.base, cell.base_revision), cell.method.make(), data.labels)
+    base = load(cell.base, revision=cell.base_revision, labels=data.labels, seed=cell.seed, storage=cell.method.storage)
+    if cell.new_tokens:
+        add_tokens(base, cell.new_tokens)
+    return base
+
+
 def read_data(cell: Cell) -> TextData | DialogueData:
     """The cell's data, cut to its limits; the same rows for every seed, so that seeds differ in training alone."""
     choice = cell.data
@@ -158,7 +166,7 @@ def read_data(cell: Cell) -> TextData | DialogueData:
         raise UserError(
             f"the data '{choice.name}' changed since the comparison began", "start it again in a new folder with --out"
         )
-    return data.limited(choice.train, choice.validation, choice.test, seed=0)
+    return data.limited(choice.sizes[0], choice.validation, choice.test, seed=0)
 
 
 def _save(tuned: Tuned, data: TextData | DialogueData, cell: Cell, folder: Path) -> None:
@@ -179,28 +187,3 @@ def _save(tuned: Tuned, data: TextData | DialogueData, cell: Cell, folder: Path)
             else {"asking": asking(data), "decoding": cell.decoding.model_dump(mode="json")}
         ),
     )
-
-
-def attempt(cell: Cell, folder: Path, listen: Listener, *, forked: bool = False) -> int:
-    """Runs a cell; a failure is written to failed.json. Returns an exit code."""
-    try:
-        run_cell(cell, folder, listen, forked=forked)
-    except UserError as error:
-        write_json(folder / FAILED, {"reason": error.message, "hint": error.hint})
-        return 1
-    except Exception as error:
-        traceback.print_exc()
-        hint = f"this is a fault of ours; see {folder / LOG}"
-        write_json(folder / FAILED, {"reason": f"{type(error).__name__}: {error}", "hint": hint})
-        return 1
-    return 0
-
-
-def main(folder: Path) -> int:
-    """Runs the cell of `folder/spec.json`, telling its events on stdout; see `attempt`."""
-    with EventFile(Path("/dev/stdout")) as tell:
-        return attempt(Cell.model_validate(read_json(folder / SPEC)), folder, tell, forked=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))

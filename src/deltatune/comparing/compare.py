@@ -2,38 +2,44 @@
 
 FOLDER/experiment.yaml        resolved: every default written out, revisions, versions, machine
 FOLDER/cells/CELL/            one folder for each run (see cell.py)
-FOLDER/results.csv  report.html  plots/
+FOLDER/trials/TRIAL/          one folder for each trial of a search (see trial.py)
+FOLDER/searches.json          what was searched, found and chosen
+FOLDER/results.csv  results.parquet  results.md  report.html  plots/
 """
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.metadata import version
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 
 from deltatune.comparing.cell import EVENTS, read_data
 from deltatune.comparing.experiment import Cell, Experiment
-from deltatune.comparing.processes import CellProcesses, finished, outcome
+from deltatune.comparing.locks import writing
+from deltatune.comparing.match import match
+from deltatune.comparing.processes import CellProcesses
+from deltatune.comparing.provenance import code_mark, versions
+from deltatune.comparing.records import write_tables
 from deltatune.comparing.report import check_installed, write_report
-from deltatune.comparing.results import CellResult, FailedCell
-from deltatune.comparing.table import write_csv
+from deltatune.comparing.results import CellResult, FailedCell, Trained
+from deltatune.comparing.search import Range, Search, write_searches
+from deltatune.comparing.searching import SearchLane, Where
+from deltatune.comparing.sharing import News, Single, Watcher, share
 from deltatune.data import DialogueData, TextData
 from deltatune.errors import UserError
 from deltatune.files import disk_errors, write_text
 from deltatune.models.attach import attach
 from deltatune.models.base import Place, find_base, outline
-from deltatune.training.events import Event, read_events
+from deltatune.models.count import count
+from deltatune.training.events import read_events
 from deltatune.training.precision import resolve
 
-Watcher = Callable[[Cell, Event | CellResult | FailedCell], None]
-"""Is told of each cell's events as they happen, and then of what came out of it."""
+Finished = tuple[Path, CellResult]
+"""A cell's folder and what came out of it."""
 
 
 @dataclass(frozen=True)
@@ -42,85 +48,112 @@ class Comparison:
 
     folder: Path
     results: list[CellResult]
+    """Of the largest number of training examples: what the tables and the report compare."""
     failed: list[FailedCell]
     report: Path
+    smaller: tuple[CellResult, ...] = ()
+    """Of smaller numbers of training examples, for learning curves."""
+    searches: tuple[Search, ...] = ()
 
 
 def compare(experiment: Experiment, folder: Path | str, watch: Watcher = lambda cell, news: None) -> Comparison:
-    """Runs every cell that is not finished yet and writes results.csv and report.html.
+    """Runs every trial and cell that is not finished yet and writes results.csv and report.html.
 
     Everything that can be wrong is looked for first: base, data, hyperparameters and targets of every method. A cell
-    that fails is noted with its reason, and the others go on. Raises `UserError` for what is wrong beforehand.
+    that fails is noted with its reason, and the others go on. Several processes may work on one folder: each takes
+    what no other has, and all end with the same report. Raises `UserError` for what is wrong beforehand.
     """
     check_installed()
     folder = Path(folder)
     place = find_base(experiment.base)
     data = read_data(experiment.cells()[0])
-    matched = _check_methods(experiment, place, data)
-    with _alone(folder):
-        return _run(experiment, folder, watch, place, data, matched)
-
-
-def _run(
-    experiment: Experiment,
-    folder: Path,
-    watch: Watcher,
-    place: Place,
-    data: TextData | DialogueData,
-    matched: Mapping[str, str],
-) -> Comparison:
-    cells = experiment.cells(place.id, place.revision, data.revision)
-    resolved = _resolved(experiment, cells, place, data, matched)
-    write_text(folder / "experiment.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=120))
-
-    results: list[CellResult] = []
-    failed: list[FailedCell] = []
-    curves: dict[tuple[str, int], list[Event]] = {}
-    with CellProcesses(folder / "cells") as processes:
-        for cell in cells:
-            cell_folder = folder / "cells" / cell.id
-            kept = finished(cell_folder)
-            if kept is None:
-                for event in processes.run(cell):
-                    watch(cell, event)
-            result = kept or outcome(cell, cell_folder)
-            watch(cell, result)
-            if isinstance(result, FailedCell):
-                failed.append(result)
-                continue
-            results.append(result)
-            curves[cell.method.label, cell.seed] = list(read_events(cell_folder / EVENTS))
-    write_csv(folder / "results.csv", results, failed)
-    report = write_report(folder, resolved, results, failed, curves)
-    return Comparison(folder, results, failed, report)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Keeps a second comparison from writing to the same folder meanwhile."""
+    sized, matched = match(experiment, place, data)
+    targets = _check_methods(sized, place, data)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            hint = "wait for it to end, or choose another folder with --out"
-            raise UserError(f"another comparison is running in {folder}", hint) from None
-    try:
-        yield
-    finally:
-        lock.release()
+    with CellProcesses(folder) as processes:
+        searches, chosen = _search(sized, Where(place, data), processes, watch)
+        lanes = [Single(cell) for cell in chosen.cells(place.id, place.revision, data.revision)]
+        cells = [lane.cell for lane in lanes]
+        resolved = _resolved(experiment, cells, place, data, targets)
+        resolved["resolved"]["matched"] = [{**asdict(one), "ratio": one.ratio} for one in matched]
+        resolved["resolved"]["cells"] = [cell.place for cell in cells]
+        text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=120)
+        write_text(folder / "experiment.yaml", text)
+        share(lanes, processes, watch)
+    finished = [(folder / lane.cell.place, lane.result) for lane in lanes if isinstance(lane.result, CellResult)]
+    failed = [lane.result for lane in lanes if isinstance(lane.result, FailedCell)]
+    return write_results(folder, resolved, finished, [*failed, *_unsearched(experiment, searches)], searches)
+
+
+def _search(
+    experiment: Experiment, where: Where, processes: CellProcesses, watch: Watcher
+) -> tuple[list[Search], Experiment]:
+    """Runs the searches that the experiment asks for; gives them, and the experiment with what they chose."""
+    if experiment.tuning is None:
+        return [], experiment
+    lanes = [SearchLane(experiment, choice, where) for choice in experiment.methods]
+
+    def note(cell: Cell, news: News) -> None:
+        watch(cell, news)
+        if isinstance(news, Trained | FailedCell):
+            write_searches(processes.folder, [lane.search for lane in lanes])
+
+    share(lanes, processes, note)
+    searches = [lane.search for lane in lanes]
+    write_searches(processes.folder, searches)
+    found = tuple(choice for lane in lanes if (choice := lane.chosen()))
+    return searches, experiment.model_copy(update={"methods": found})
+
+
+def _unsearched(experiment: Experiment, searches: Sequence[Search]) -> list[FailedCell]:
+    """A failure for each run of a method of whose search no trial finished."""
+    return [
+        FailedCell(
+            label=search.label,
+            method=search.method,
+            options={},
+            seed=seed,
+            reason=f"no trial of its search finished: {search.trials[0].reason}",
+            hint="the trials' folders have their logs; give it another learning rate or space to search",
+        )
+        for search in searches
+        if search.chosen is None
+        for seed in experiment.seeds
+    ]
+
+
+def write_results(
+    folder: Path,
+    resolved: dict[str, Any],
+    finished: Sequence[Finished],
+    failed: Sequence[FailedCell],
+    searches: Sequence[Search] = (),
+) -> Comparison:
+    """Writes results.csv, with every cell, and the report, of the largest number of training examples."""
+    most = max((result.train_examples for _, result in finished), default=0)
+    largest = {place: result for place, result in finished if result.train_examples == most}
+    results = list(largest.values())
+    curves = {(result.label, result.seed): list(read_events(place / EVENTS)) for place, result in largest.items()}
+    smaller = tuple(result for _, result in finished if result.train_examples < most)
+    with writing(folder):
+        write_tables(folder, results, failed, smaller)
+        report = write_report(folder, resolved, results, failed, curves, smaller)
+    return Comparison(folder, results, list(failed), report, smaller, tuple(searches))
 
 
 def _check_methods(experiment: Experiment, place: Place, data: TextData | DialogueData) -> dict[str, str]:
     """Attaches every method to the base's outline, so that a wrong target is refused before anything trains.
 
-    Gives what each method matched, in words.
+    What a search may choose is counted on it as well. Gives what each method matched, in words.
     """
     matched = {}
     for choice in experiment.methods:
         try:
             model = attach(outline(place, labels=data.labels, storage=choice.storage), choice.make())
+            for name, values in choice.search.items():
+                for value in (values.low, values.high) if isinstance(values, Range) else values:
+                    count(place, choice.with_settings({name: value}).make(), data.labels)
         except UserError as error:
             raise UserError(f"{choice.label}: {error.message}", error.hint) from error
         matched[choice.label] = "\n".join(map(str, model.attachment.parts))
@@ -128,7 +161,7 @@ def _check_methods(experiment: Experiment, place: Place, data: TextData | Dialog
 
 
 def _resolved(
-    experiment: Experiment, cells: list[Cell], place: Place, data: TextData | DialogueData, matched: Mapping[str, str]
+    experiment: Experiment, cells: list[Cell], place: Place, data: TextData | DialogueData, targets: Mapping[str, str]
 ) -> dict[str, Any]:
     plain: dict[str, Any] = experiment.model_dump(mode="json")
     plain["resolved"] = {
@@ -146,8 +179,9 @@ def _resolved(
         },
         "learning rates": {cell.method.label: cell.training.learning_rate for cell in cells},
         "precision": resolve(experiment.training.precision),
-        "targets": dict(matched),
-        "versions": {name: version(name) for name in ("deltatune", "torch", "transformers", "tokenizers", "datasets")},
+        "targets": dict(targets),
+        "versions": versions(),
+        "code": code_mark(),
         "machine": _machine(),
     }
     return plain

@@ -3,102 +3,25 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from deltatune.errors import UserError, nearest
-from deltatune.methods import Method, make, options_of, parse
-from deltatune.models.quantise import read_storages
+from deltatune.comparing.choices import STRICT, DataChoice, Match, MethodChoice, Seed, Tuning
+from deltatune.errors import UserError, nearest, unknown
 from deltatune.training.generation import Decoding
 from deltatune.training.settings import Training
 
-_STRICT = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 _EXAMPLE = "an experiment is a mapping, such as  methods: [full, lora]"
-
-_OWN: tuple[str, ...] = ("learning_rate", "storage")
-"""What a method of an experiment has besides its hyperparameters, and words for a method may name among them."""
-
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
-
-
-class DataChoice(BaseModel):
-    """Which data, and how much of it. A plain name stands for the whole of it."""
-
-    model_config = _STRICT
-
-    name: str
-    """Embedded name, file, folder or hub id."""
-    task: Literal["", "classification", "generation"] = ""
-    """What it is for, where its columns do not say it."""
-    text: tuple[str, ...] = ()
-    """Text column, the two of a sentence pair, or the prompt's; found by name where left out."""
-    label: str = ""
-    """Label column, or the completion's; found by name where left out."""
-    template: str = ""
-    """Words around columns that make the prompt, such as "Summarise: {document}"."""
-    system: str = ""
-    """What the system says before each prompt."""
-    train: int | None = Field(None, ge=1)
-    """Most training examples to use."""
-    validation: int | None = Field(None, ge=1)
-    """Most validation examples to use."""
-    test: int | None = Field(None, ge=1)
-    """Most test examples to use."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _plain_name(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
-
-class MethodChoice(BaseModel):
-    """A method with its hyperparameters. In a file: `lora`, `lora:rank=8`, or a mapping with these keys."""
-
-    model_config = _STRICT
-
-    method: str
-    """Its name, as `deltatune methods` lists it."""
-    options: dict[str, Any] = {}
-    """Its hyperparameters, such as rank: 8."""
-    label: str = ""
-    """What tables and plots call it; made from the name and the options where left out."""
-    learning_rate: float | None = Field(None, gt=0)
-    """Its own peak learning rate, in place of the experiment's."""
-    storage: dict[str, str] = {}
-    """How the base's linear layers are stored, such as nf4, or by target: {mlp: nf4, attention: int8}."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _written_out(cls, value: Any) -> Any:
-        """Words become fields, and every hyperparameter that was left out gets its value."""
-        if isinstance(value, str):
-            name, options = parse(value)
-            first = options.get(name.partition("+")[0], {}) if "+" in name else options  # a mix has its first one's
-            own = {key: first.pop(key) for key in _OWN if key in first}
-            value = {"method": name, **own, "options": options}
-        if not (isinstance(value, Mapping) and isinstance(value.get("method"), str)):
-            return value
-        name, options = value["method"], value.get("options") or {}
-        if not isinstance(options, Mapping):
-            return value
-        own = {key: value[key] for key in _OWN if value.get(key)}
-        label = value.get("label") or _label(name, {**options, **own})
-        storage = read_storages(value.get("storage") or "")
-        return {**value, "label": label, "options": options_of(make(name, options)), "storage": storage}
-
-    def make(self) -> Method:
-        """The method itself."""
-        return make(self.method, self.options)
 
 
 class Cell(BaseModel):
     """One run of an experiment, whole in itself: what spec.json holds."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     base: str
     base_revision: str = ""
@@ -113,15 +36,43 @@ class Cell(BaseModel):
     @property
     def id(self) -> str:
         """Its folder's name: label, seed and a digest of everything that decides the result."""
-        spec = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        slug = re.sub(r"[^a-z0-9]+", "-", self.method.label.lower()).strip("-")[:40] or self.method.method
-        return f"{slug}-seed{self.seed}-{hashlib.sha256(spec.encode()).hexdigest()[:8]}"
+        return f"{self._slug}-seed{self.seed}-{self._digest}"
+
+    @property
+    def place(self) -> str:
+        """Its folder within the run's."""
+        return f"cells/{self.id}"
+
+    @property
+    def _slug(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.method.label.lower()).strip("-")[:40] or self.method.method
+
+    @property
+    def _digest(self) -> str:
+        spec = json.dumps(self.model_dump(mode="json", exclude={"method": {"search"}}), sort_keys=True)
+        return hashlib.sha256(spec.encode()).hexdigest()[:8]
+
+
+class TrialCell(Cell):
+    """One trial of a search: trained like a cell, scored on the validation split, with no test split to read."""
+
+    trial: int
+
+    @property
+    def id(self) -> str:
+        """Its folder's name: label, number and a digest of everything that decides the result."""
+        return f"{self._slug}-trial{self.trial}-{self._digest}"
+
+    @property
+    def place(self) -> str:
+        """Its folder within the run's."""
+        return f"trials/{self.id}"
 
 
 class Experiment(BaseModel):
-    """What `deltatune compare` runs: every method with every seed."""
+    """What `deltatune compare` runs: every method with every seed, after a search for its settings if that is asked."""
 
-    model_config = _STRICT
+    model_config = STRICT
 
     base: str = "minilm"
     """Embedded name, local folder in Transformers' layout, or hub id with an optional @revision."""
@@ -137,6 +88,10 @@ class Experiment(BaseModel):
     """How a language model writes its answers to the test prompts."""
     new_tokens: tuple[str, ...] = ()
     """Texts that become tokens of a language model, such as <tool>; their vectors train beside every method."""
+    tuning: Tuning | None = None
+    """A search for each method's settings, such as {trials: 8}; left out, every method runs with what it has."""
+    match: Match | None = None
+    """Sizes (rank, virtual tokens …) that make methods alike in one respect, such as parameters."""
 
     @field_validator("methods")
     @classmethod
@@ -152,27 +107,56 @@ class Experiment(BaseModel):
     def _once(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(dict.fromkeys(seeds))
 
-    def cells(self, base: str = "", base_revision: str = "", data_revision: str = "") -> list[Cell]:
-        """Every run, seed by seed, so that a comparison that is cut short has whole rounds."""
-        return [
-            Cell(
-                base=base or self.base,
-                base_revision=base_revision,
-                data=self.data,
-                data_revision=data_revision,
-                method=choice,
-                training=self._training(choice),
-                decoding=self.decoding,
-                new_tokens=self.new_tokens,
-                seed=seed,
+    @model_validator(mode="after")
+    def _matched(self) -> Self:
+        labels = [choice.label for choice in self.methods]
+        if self.match and self.match.to and self.match.to not in labels:
+            raise unknown("method among the experiment's", self.match.to, labels)
+        return self
+
+    @model_validator(mode="after")
+    def _searched(self) -> Self:
+        if self.tuning is None:
+            for choice in self.methods:
+                if choice.search:
+                    raise UserError(
+                        f"{choice.label} says what to search, and the experiment has no search",
+                        "add  tuning: {trials: 8}",
+                    )
+        elif self.tuning.seed in self.seeds:
+            raise UserError(
+                f"the search's seed {self.tuning.seed} is one of the experiment's",
+                "choose another: what is chosen for a seed does better with it than it will with others",
             )
+        return self
+
+    def cells(self, base: str = "", base_revision: str = "", data_revision: str = "") -> list[Cell]:
+        """Every run, the largest size first and then seed by seed: one that is cut short has whole rounds."""
+        return [
+            Cell(**self.common(choice, base, base_revision, data_revision, size), seed=seed)
+            for size in self.data.sizes
             for seed in self.seeds
             for choice in self.methods
         ]
 
-    def _training(self, choice: MethodChoice) -> Training:
-        rate = choice.learning_rate or self.training.learning_rate or choice.make().learning_rate
-        return self.training.model_copy(update={"learning_rate": rate})
+    def common(
+        self, choice: MethodChoice, base: str, base_revision: str, data_revision: str, size: int | None
+    ) -> dict[str, Any]:
+        """The fields of a cell but for its seed."""
+        return {
+            "base": base or self.base,
+            "base_revision": base_revision,
+            "data": self.data.model_copy(update={"train": size}),
+            "data_revision": data_revision,
+            "method": choice.model_copy(update={"search": {}}),
+            "training": self.training.model_copy(update={"learning_rate": self.rate(choice)}),
+            "decoding": self.decoding,
+            "new_tokens": self.new_tokens,
+        }
+
+    def rate(self, choice: MethodChoice) -> float:
+        """The peak learning rate of a method: its own here, the experiment's, or the method's default."""
+        return choice.learning_rate or self.training.learning_rate or choice.make().learning_rate
 
 
 def read_experiment(path: Path | str | None, changes: Mapping[str, Any] | None = None) -> Experiment:
@@ -238,6 +222,8 @@ _PARTS: Mapping[Any, type[BaseModel]] = {
     "methods": MethodChoice,
     "training": Training,
     "decoding": Decoding,
+    "tuning": Tuning,
+    "match": Match,
 }
 _WANTED = {
     "tuple_type": "should be a list",
@@ -247,28 +233,6 @@ _WANTED = {
     "invalid_key": "should be a word",
 }
 """What pydantic would say in Python's words."""
-
-
-def _label(name: str, options: Mapping[str, Any]) -> str:
-    if "+" in name:
-        options = dict(_dotted(options))
-    shown = ", ".join(f"{key}={_short(value)}" for key, value in options.items())
-    return f"{name} ({shown})" if shown else name
-
-
-def _dotted(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """The options of a mix, {"lora": {"rank": 8}}, as {"lora.rank": 8}."""
-    for key, value in options.items():
-        if isinstance(value, Mapping) and "." not in key:
-            yield from ((f"{key}.{option}", chosen) for option, chosen in value.items())
-        else:
-            yield key, value
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, Mapping):
-        value = [f"{key}:{one}" for key, one in value.items()]
-    return "+".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _methods(*names: str) -> tuple[MethodChoice, ...]:

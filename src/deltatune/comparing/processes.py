@@ -13,22 +13,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from deltatune.comparing.cell import FAILED, LOG, RESULT, prepare_folder
+from deltatune.comparing.cell import FAILED, LOG, RESULT, SPEC
 from deltatune.comparing.experiment import Cell
-from deltatune.comparing.results import CellResult, FailedCell
-from deltatune.errors import UserError
+from deltatune.comparing.results import CellResult, FailedCell, Trained, read_result
 from deltatune.files import read_json, write_json
 from deltatune.training.events import Event, parse_event
 
 
 class CellProcesses:
-    """Runs the cells of one folder, each in a process forked for it. Leaving the `with` block ends what still runs.
+    """Runs cells and trials of a run, each in a process forked for it. Leaving the `with` block ends what still runs.
 
     The processes are forked from one that has imported everything (see zygote.py); it starts with the first cell.
     """
 
-    def __init__(self, cells: Path) -> None:
-        self._cells = cells
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self._zygote: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
@@ -36,12 +35,13 @@ class CellProcesses:
 
     def run(self, cell: Cell) -> Iterator[Event]:
         """Runs a cell and passes on its events; it ends with the process. See `outcome` for what came out."""
-        folder = self._cells / cell.id
-        prepare_folder(cell, folder)
+        folder = self.folder / cell.place
+        write_json(folder / SPEC, cell.model_dump(mode="json"))
+        (folder / FAILED).unlink(missing_ok=True)
         zygote = self._running()
         assert zygote.stdin is not None
         assert zygote.stdout is not None
-        zygote.stdin.write(cell.id + "\n")
+        zygote.stdin.write(cell.place + "\n")
         zygote.stdin.flush()
         code = None
         for line in zygote.stdout:
@@ -59,7 +59,7 @@ class CellProcesses:
     def _running(self) -> subprocess.Popen[str]:
         if self._zygote is None or self._zygote.poll() is not None:  # none yet, or it was killed between two cells
             self._zygote = subprocess.Popen(
-                [sys.executable, "-m", "deltatune.comparing.zygote", str(self._cells)],
+                [sys.executable, "-m", "deltatune.comparing.zygote", str(self.folder)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 encoding="utf-8",
@@ -77,19 +77,9 @@ class CellProcesses:
             self._zygote.communicate()  # to the end of its output: then no process holds it any more
 
 
-def finished(folder: Path) -> CellResult | None:
-    """The result that stands in a cell's folder; None where the cell has to run (again)."""
-    if not (folder / RESULT).is_file():
-        return None
-    try:
-        return CellResult.model_validate(read_json(folder / RESULT))
-    except (UserError, ValueError):  # damaged, or from an older version: the cell runs again
-        return None
-
-
-def outcome(cell: Cell, folder: Path) -> CellResult | FailedCell:
-    """What a cell that ran left behind: its result, or why there is none."""
-    if result := finished(folder):
+def outcome(cell: Cell, folder: Path) -> CellResult | Trained | FailedCell:
+    """What a cell or trial that ran left behind: its result, or why there is none."""
+    if result := read_result(folder / RESULT):
         return result
     why = read_json(folder / FAILED) if (folder / FAILED).is_file() else {"reason": "it has not run", "hint": ""}
     choice = cell.method

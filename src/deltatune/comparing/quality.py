@@ -25,6 +25,11 @@ QUALITIES = {
         "F1 of each class on the test split, averaged with equal weight: small classes count as much.",
         False,
     ),
+    "calibration_error": Quality(
+        "ECE",
+        "Expected calibration error on the test split: by how much the probability of the answers misses how often "
+        "they are right, mean over 15 bins of probability (arXiv 1706.04599). Smaller is better.",
+    ),
     "rougeL": Quality("ROUGE-L", "F-measure of the longest common subsequence with the reference, mean over examples."),
     "rouge1": Quality("ROUGE-1", "F-measure of the words shared with the reference, mean over examples."),
     "rouge2": Quality("ROUGE-2", "F-measure of the pairs of words shared with the reference, mean over examples."),

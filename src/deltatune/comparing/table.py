@@ -1,11 +1,7 @@
-"""The comparison as a table: one row for each method in a terminal, one line for each cell in results.csv."""
+"""The comparison as a table with one row for each method, and how it looks in a terminal."""
 
-import csv
-import io
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -15,8 +11,7 @@ from rich.text import Text
 
 from deltatune.comparing.quality import named
 from deltatune.comparing.results import CellResult, FailedCell
-from deltatune.comparing.statistics import Difference, Interval, difference, mean_interval
-from deltatune.files import write_text
+from deltatune.comparing.statistics import Difference, Interval, Pair, between, mean_interval, pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +32,7 @@ class Figures:
     quality: Spread
     """That metric on the test split."""
     interval: Interval
-    """Of the mean over seeds; it covers the choice of test examples, not the luck of the seed."""
+    """Of the mean; it covers the choice of test examples and, with several seeds, their luck."""
     difference: Difference | None
     """The metric minus the reference's; None for the reference itself, or where the two share no seed."""
     test: dict[str, Spread]
@@ -46,6 +41,12 @@ class Figures:
     train_loss: Spread
     forgotten: Spread | None
     """By how much the loss on a fixed text that is not the task rose; None for classifiers."""
+    drift: Spread | None
+    """How far a classifier's states of that text moved; None for language models."""
+    latency: Mapping[str, Spread]
+    """Seconds of a forward pass on one example: "base", "adapted" and, where the method merges, "merged"."""
+    train_examples: int
+    """0 in runs of older versions, which do not say it."""
     train_seconds: Spread
     time_share: float | None
     """Training time as a share of full fine-tuning's; None where that is not among the results."""
@@ -55,6 +56,8 @@ class Figures:
     baseline_bytes: Spread
     above_baseline_bytes: Spread
     """Peak minus baseline: what the base, the method and its training took."""
+    planned: Mapping[str, tuple[float, float]]
+    """What was planned and what was measured: "time" in seconds and "memory" in bytes, where there was a plan."""
     trainable: int
     total: int
     trainable_share: float
@@ -68,6 +71,8 @@ class Row:
 
     label: str
     method: str
+    options: Mapping[str, Any]
+    """Every hyperparameter of the method."""
     is_reference: bool
     """Whether the differences of the other rows are measured from this one."""
     seeds: tuple[int, ...]
@@ -84,30 +89,35 @@ def rows(results: Sequence[CellResult], failed: Sequence[FailedCell] = ()) -> li
     The reference is full fine-tuning where it finished, else the first label that did.
     """
     every: list[CellResult | FailedCell] = [*results, *failed]
-    methods = {cell.label: cell.method for cell in every}
-    finished = {label: [cell for cell in results if cell.label == label] for label in methods}
-    full = _full(results)
+    firsts = {cell.label: cell for cell in reversed(every)}
+    labels = dict.fromkeys(cell.label for cell in every)
+    finished = {label: [cell for cell in results if cell.label == label] for label in labels}
+    full = full_cells(results)
     reference = (full or finished[results[0].label]) if results else []
+    found = pairs(results)
     return [
         Row(
             label=label,
-            method=method,
+            method=first.method,
+            options=first.options,
             is_reference=bool(reference) and label == reference[0].label,
             seeds=tuple(cell.seed for cell in finished[label]),
-            figures=_figures(finished[label], reference, full) if finished[label] else None,
+            figures=_figures(finished[label], reference, full, found) if finished[label] else None,
             failures=tuple(_failure(cell) for cell in failed if cell.label == label),
         )
-        for label, method in methods.items()
+        for label, first in ((label, firsts[label]) for label in labels)
     ]
 
 
-def _full(results: Sequence[CellResult]) -> list[CellResult]:
+def full_cells(results: Sequence[CellResult]) -> list[CellResult]:
     """The cells of the first label that is full fine-tuning."""
     label = next((cell.label for cell in results if cell.method == "full"), None)
     return [cell for cell in results if cell.label == label]
 
 
-def _figures(cells: Sequence[CellResult], reference: Sequence[CellResult], full: Sequence[CellResult]) -> Figures:
+def _figures(
+    cells: Sequence[CellResult], reference: Sequence[CellResult], full: Sequence[CellResult], found: Sequence[Pair]
+) -> Figures:
     def spread(value: Callable[[CellResult], float]) -> Spread:
         return _spread([value(cell) for cell in cells])
 
@@ -117,18 +127,22 @@ def _figures(cells: Sequence[CellResult], reference: Sequence[CellResult], full:
         metric=first.metric,
         quality=spread(lambda cell: cell.quality),
         interval=mean_interval(cells),
-        difference=None if first.label == reference[0].label else difference(cells, reference),
+        difference=None if first.label == reference[0].label else between(found, first.label, reference[0].label),
         test={name: _spread([cell.test[name] for cell in cells]) for name in first.test},
         validation={name: _spread([cell.validation[name] for cell in cells]) for name in first.validation},
         train_loss=spread(lambda cell: cell.train_loss),
         forgotten=spread(_forgotten) if first.plain_text else None,
+        drift=spread(lambda cell: cell.drift or 0.0) if first.drift is not None else None,
+        latency=_latency(cells),
+        train_examples=first.train_examples,
         train_seconds=time,
-        time_share=_time_share(time.mean, full),
+        time_share=time_share(time.mean, full),
         examples_per_second=spread(lambda cell: cell.examples_per_second),
         tokens_per_second=spread(lambda cell: cell.tokens_per_second),
         peak_bytes=spread(lambda cell: cell.peak_bytes),
         baseline_bytes=spread(lambda cell: cell.baseline_bytes),
         above_baseline_bytes=spread(lambda cell: cell.peak_bytes - cell.baseline_bytes),
+        planned=_planned(cells),
         trainable=first.trainable,
         total=first.total,
         trainable_share=first.trainable / first.total,
@@ -141,12 +155,30 @@ def _spread(values: Sequence[float]) -> Spread:
     return Spread(fmean(values), min(values), max(values))
 
 
+def _planned(cells: Sequence[CellResult]) -> dict[str, tuple[float, float]]:
+    pairs: dict[str, list[tuple[float | None, float]]] = {
+        "time": [(cell.planned_seconds, cell.train_seconds) for cell in cells],
+        "memory": [(cell.planned_peak_bytes, cell.training_peak_bytes) for cell in cells],
+    }
+    known = {name: [(p, m) for p, m in values if p is not None] for name, values in pairs.items()}
+    return {
+        name: (fmean(p for p, _ in values), fmean(m for _, m in values)) for name, values in known.items() if values
+    }
+
+
+def _latency(cells: Sequence[CellResult]) -> dict[str, Spread]:
+    measured = [cell.latency.model_dump(include={"base", "adapted", "merged"}) for cell in cells if cell.latency]
+    names = [name for name, value in measured[0].items() if value is not None] if measured else []
+    return {name: _spread([times[name] for times in measured]) for name in names}
+
+
 def _forgotten(cell: CellResult) -> float:
     before, after = cell.plain_text or (0.0, 0.0)
     return after - before
 
 
-def _time_share(seconds: float, full: Sequence[CellResult]) -> float | None:
+def time_share(seconds: float, full: Sequence[CellResult]) -> float | None:
+    """These seconds of training as a share of full fine-tuning's; None where that did not finish."""
     of_full = fmean(cell.train_seconds for cell in full) if full else 0.0
     return seconds / of_full if of_full else None
 
@@ -155,85 +187,11 @@ def _failure(cell: FailedCell) -> str:
     return f"seed {cell.seed}: {cell.reason}" + (f" (hint: {cell.hint})" if cell.hint else "")
 
 
-def _measured(cell: CellResult) -> dict[str, float | str | None]:
-    interval = mean_interval([cell])
-    return {
-        **{"test_loss" if name == "loss" else name: value for name, value in cell.test.items()},
-        f"{cell.metric}_low_95": interval.low,
-        f"{cell.metric}_high_95": interval.high,
-        "test_examples": len(cell.test_values),
-        **{f"validation_{name}": value for name, value in cell.validation.items()},
-        "train_loss": cell.train_loss,
-        **(
-            {"plain_text_loss_before": cell.plain_text[0], "plain_text_loss": cell.plain_text[1]}
-            if cell.plain_text
-            else {}
-        ),
-        **{name: value(cell) for name, value in _COST.items()},
-    }
-
-
-_COST: dict[str, Callable[[CellResult], float | str]] = {
-    "truncated_examples": lambda cell: cell.truncated,
-    "steps": lambda cell: cell.steps,
-    "train_seconds": lambda cell: cell.train_seconds,
-    "examples_per_second": lambda cell: cell.examples_per_second,
-    "tokens_per_second": lambda cell: cell.tokens_per_second,
-    "peak_bytes": lambda cell: cell.peak_bytes,
-    "baseline_bytes": lambda cell: cell.baseline_bytes,
-    "above_baseline_bytes": lambda cell: cell.peak_bytes - cell.baseline_bytes,
-    "trainable_parameters": lambda cell: cell.trainable,
-    "total_parameters": lambda cell: cell.total,
-    "trainable_share": lambda cell: cell.trainable / cell.total,
-    "adapter_bytes": lambda cell: cell.adapter_bytes,
-    "model_bytes": lambda cell: cell.model_bytes,
-    "precision": lambda cell: cell.precision,
-}
-
-
-def records(results: Sequence[CellResult], failed: Sequence[FailedCell] = ()) -> list[dict[str, Any]]:
-    """One flat record for each cell with the unit in its names: the lines of results.csv, ready for JSON."""
-    full = _full(results)
-    done = [
-        {
-            **_identity(cell, "done"),
-            **_measured(cell),
-            "train_share_of_full": _time_share(cell.train_seconds, full),
-            "reason": "",
-            "hint": "",
-        }
-        for cell in results
+def on_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Of each (cost, quality): whether no other is as good or better at the same cost or less, and better in one."""
+    return [
+        not any(c <= cost and q >= quality and (c, q) != (cost, quality) for c, q in points) for cost, quality in points
     ]
-    not_done = [
-        {
-            **_identity(cell, "failed"),
-            **dict.fromkeys([*(_measured(results[0]) if results else _COST), "train_share_of_full"]),
-            "reason": cell.reason,
-            "hint": cell.hint,
-        }
-        for cell in failed
-    ]
-    return done + not_done
-
-
-def _identity(cell: CellResult | FailedCell, status: str) -> dict[str, Any]:
-    return {
-        "label": cell.label,
-        "method": cell.method,
-        "options": cell.options,
-        "seed": cell.seed,
-        "status": status,
-    }
-
-
-def write_csv(path: Path, results: Sequence[CellResult], failed: Sequence[FailedCell] = ()) -> None:
-    """Writes `records` to `path`; the options of a method are one column of JSON."""
-    lines = records(results, failed)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(lines[0]) if lines else [], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({**line, "options": json.dumps(line["options"], ensure_ascii=False)} for line in lines)
-    write_text(path, text.getvalue())
 
 
 def terminal_table(rows: Sequence[Row], width: int) -> Group:
@@ -326,8 +284,8 @@ def what_intervals_cover(rows: Sequence[Row]) -> str:
             "A difference may be that luck alone; more seeds would tell."
         )
     return (
-        f"Figures are means over up to {most} seeds. Intervals of differences cover the choice of test examples and, "
-        "as roughly as so few seeds can, the luck of the seed; those of single methods cover the test examples only."
+        f"Figures are means over up to {most} seeds. Intervals cover the choice of test examples and the luck of the "
+        "seed; few seeds that matter much make them wide. Verdicts are corrected for the number of pairs (Holm)."
     )
 
 
@@ -383,6 +341,11 @@ def _scaled(number: float, units: Sequence[str]) -> str:
 def rate(number: float) -> str:
     """So many a second: "8,500", or "4.3" where it is slow."""
     return f"{number:,.0f}" if number >= 20 else f"{number:.1f}"
+
+
+def milliseconds(number: float) -> str:
+    """A short duration: "3.2 ms"."""
+    return f"{1000 * number:.1f} ms" if number < 0.1 else f"{1000 * number:,.0f} ms"
 
 
 def seconds(number: float) -> str:

@@ -1,6 +1,6 @@
 """A process that has imported everything and forks one process for each cell, so that the imports are paid for once.
 
-`python -m deltatune.comparing.zygote CELLS` waits on stdin for the names of folders in CELLS, runs the cell of each in
+`python -m deltatune.comparing.zygote RUN` waits on stdin for names of folders in RUN, such as cells/CELL, runs each in
 a process of its own, and passes on its events on stdout. When that process has ended it says so: {"ended": CODE}, the
 exit code, or the negative number of the signal that ended it.
 """
@@ -12,15 +12,16 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from deltatune.comparing.cell import LOG, main
+from deltatune.comparing.cell import LOG
+from deltatune.comparing.worker import main
 
 
-def serve(cells: Path) -> None:
-    """Runs the cells that are named on stdin, one line each, until it is closed."""
+def serve(run: Path) -> None:
+    """Runs the cells and trials that are named on stdin, one line each, until it is closed."""
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            _run(cells / line.strip())
+            _run(run / line.strip())
         _, status = os.waitpid(child, 0)
         # A line of its own, whatever the cell left unfinished.
         print(f"\n{json.dumps({'ended': os.waitstatus_to_exitcode(status)})}", flush=True)

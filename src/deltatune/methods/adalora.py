@@ -75,6 +75,7 @@ class AdaLoRA(WeightDelta):
     title: ClassVar[str] = "AdaLoRA"
     paper: ClassVar[str] = "arXiv 2303.10512"
     learning_rate: ClassVar[float] = 2e-2
+    grows_by: ClassVar[str] = "init_r"
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank"}
     peft_type: ClassVar[str] = "ADALORA"
     suffixes: ClassVar[Mapping[str, str]] = {"lora_A": "A", "lora_B": "B", "lora_E": "Lambda"}

@@ -54,6 +54,7 @@ class Compacter(Adapters):
     title: ClassVar[str] = "Compacter"
     paper: ClassVar[str] = "arXiv 2106.04647"
     learning_rate: ClassVar[float] = 1e-2
+    grows_by: ClassVar[str] = "reduction"
     peft_type: ClassVar[str] = "DELTATUNE_COMPACTER"
     suffixes: ClassVar[Mapping[str, str]] = {
         "compacter_s": "s",

@@ -141,6 +141,8 @@ class OverLayers(Method, Protocol):
     """A method that adds a module over each layer it targets: what weight deltas and block inserts have in common."""
 
     targets: Targets
+    grows_by: ClassVar[str] = ""
+    """The hyperparameter, a count, that makes it larger or smaller, to match methods by; "" where there is none."""
     suffixes: ClassVar[Mapping[str, str]]
     """Key suffix in adapter files → attribute of the delta module that is saved under it."""
     shared_suffixes: ClassVar[Mapping[str, str]] = {}
@@ -306,6 +308,8 @@ class SoftPrompt(Method, Protocol):
     virtual_tokens: int
     """How many; each takes a position of the model's."""
     place: ClassVar[Literal["input", "attention"]]
+    grows_by: ClassVar[str] = "virtual_tokens"
+    """As of a method over layers."""
     keys: ClassVar[tuple[str, ...]]
     """Keys in adapter files, or their beginnings; all start with `prompt_`."""
 

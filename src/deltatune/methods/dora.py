@@ -59,6 +59,7 @@ class DoRA(WeightDelta):
     title: ClassVar[str] = "DoRA"
     paper: ClassVar[str] = "arXiv 2402.09353"
     learning_rate: ClassVar[float] = 1e-3
+    grows_by: ClassVar[str] = "rank"
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank", "alpha_pattern": "alpha"}
     embeddings: ClassVar[bool] = True
     detached: ClassVar[frozenset[str]] = frozenset({"A", "B"})

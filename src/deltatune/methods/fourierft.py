@@ -48,6 +48,7 @@ class FourierFT(WeightDelta):
     title: ClassVar[str] = "FourierFT"
     paper: ClassVar[str] = "arXiv 2405.03003"
     learning_rate: ClassVar[float] = 1e-1
+    grows_by: ClassVar[str] = "coefficients"
     patterns: ClassVar[Mapping[str, str]] = {"coefficients_pattern": "coefficients"}
     peft_type: ClassVar[str] = "FOURIERFT"
     suffixes: ClassVar[Mapping[str, str]] = {"fourierft_spectrum": "spectrum"}

@@ -40,6 +40,7 @@ class HiRA(WeightDelta):
     title: ClassVar[str] = "HiRA"
     paper: ClassVar[str] = "ICLR 2025, openreview TwJrTz9cRS"
     learning_rate: ClassVar[float] = 1e-2
+    grows_by: ClassVar[str] = "rank"
     peft_type: ClassVar[str] = "HIRA"
     suffixes: ClassVar[Mapping[str, str]] = {"hira_A": "A", "hira_B": "B"}
     __pydantic_config__ = CONFIG

@@ -39,6 +39,7 @@ class Houlsby(Adapters):
     title: ClassVar[str] = "Houlsby's adapters"
     paper: ClassVar[str] = "arXiv 1902.00751"
     learning_rate: ClassVar[float] = 3e-3
+    grows_by: ClassVar[str] = "reduction"
     peft_type: ClassVar[str] = "DELTATUNE_HOULSBY"
     __pydantic_config__ = CONFIG
 

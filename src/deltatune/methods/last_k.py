@@ -26,6 +26,7 @@ class LastK:
     kind: ClassVar[Kind] = "selection"
     paper: ClassVar[str] = "arXiv 1911.03090"
     learning_rate: ClassVar[float] = 3e-4
+    grows_by: ClassVar[str] = "k"
     peft_type: ClassVar[str] = "DELTATUNE_LAST_K"
     __pydantic_config__ = CONFIG
 

@@ -46,6 +46,7 @@ class LoHa(WeightDelta):
     title: ClassVar[str] = "LoHa"
     paper: ClassVar[str] = "arXiv 2108.06098"
     learning_rate: ClassVar[float] = 1e-2
+    grows_by: ClassVar[str] = "rank"
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank", "alpha_pattern": "alpha"}
     peft_type: ClassVar[str] = "LOHA"
     suffixes: ClassVar[Mapping[str, str]] = {

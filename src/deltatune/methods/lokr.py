@@ -49,6 +49,7 @@ class LoKr(WeightDelta):
     title: ClassVar[str] = "LoKr"
     paper: ClassVar[str] = "arXiv 2309.14859"
     learning_rate: ClassVar[float] = 1e-2
+    grows_by: ClassVar[str] = "rank"
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank", "alpha_pattern": "alpha"}
     peft_type: ClassVar[str] = "LOKR"
     suffixes: ClassVar[Mapping[str, str]] = {

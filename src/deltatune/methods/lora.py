@@ -71,6 +71,7 @@ class LoRA(WeightDelta):
     title: ClassVar[str] = "LoRA"
     paper: ClassVar[str] = "arXiv 2106.09685"
     learning_rate: ClassVar[float] = 1e-3
+    grows_by: ClassVar[str] = "rank"
     patterns: ClassVar[Mapping[str, str]] = {"rank_pattern": "rank", "alpha_pattern": "alpha"}
     embeddings: ClassVar[bool] = True
     peft_type: ClassVar[str] = "LORA"

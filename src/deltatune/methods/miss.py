@@ -42,6 +42,7 @@ class MiSS(WeightDelta):
     title: ClassVar[str] = "MiSS"
     paper: ClassVar[str] = "arXiv 2409.15371"
     learning_rate: ClassVar[float] = 3e-4
+    grows_by: ClassVar[str] = "rank"
     peft_type: ClassVar[str] = "MISS"
     suffixes: ClassVar[Mapping[str, str]] = {"miss_block": "D"}
     __pydantic_config__ = CONFIG

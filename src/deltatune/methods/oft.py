@@ -51,6 +51,7 @@ class OFT(WeightDelta):
     title: ClassVar[str] = "OFT"
     paper: ClassVar[str] = "arXiv 2306.07280"
     learning_rate: ClassVar[float] = 2e-3
+    grows_by: ClassVar[str] = "block_size"
     peft_type: ClassVar[str] = "OFT"
     suffixes: ClassVar[Mapping[str, str]] = {"oft_R.weight": "Q"}
     __pydantic_config__ = CONFIG

@@ -37,6 +37,7 @@ class Parallel(Adapters):
     title: ClassVar[str] = "Parallel adapters"
     paper: ClassVar[str] = "arXiv 2110.04366"
     learning_rate: ClassVar[float] = 1e-3
+    grows_by: ClassVar[str] = "reduction"
     beside: ClassVar[bool] = True
     peft_type: ClassVar[str] = "DELTATUNE_PARALLEL"
     __pydantic_config__ = CONFIG

@@ -38,6 +38,7 @@ class Pfeiffer(Adapters):
     title: ClassVar[str] = "Pfeiffer's adapters"
     paper: ClassVar[str] = "arXiv 2005.00247"
     learning_rate: ClassVar[float] = 3e-3
+    grows_by: ClassVar[str] = "reduction"
     peft_type: ClassVar[str] = "DELTATUNE_PFEIFFER"
     __pydantic_config__ = CONFIG
 

@@ -37,6 +37,7 @@ class SHiRA(WeightDelta):
     title: ClassVar[str] = "SHiRA"
     paper: ClassVar[str] = "arXiv 2406.13175"
     learning_rate: ClassVar[float] = 2e-3
+    grows_by: ClassVar[str] = "rank"
     peft_type: ClassVar[str] = "SHIRA"
     suffixes: ClassVar[Mapping[str, str]] = {"shira_weight": "entries", "shira_indices": "places"}
     __pydantic_config__ = CONFIG

@@ -59,6 +59,7 @@ class VBLoRA(WeightDelta):
     title: ClassVar[str] = "VB-LoRA"
     paper: ClassVar[str] = "arXiv 2405.15179"
     learning_rate: ClassVar[float] = 6e-2
+    grows_by: ClassVar[str] = "num_vectors"
     peft_type: ClassVar[str] = "VBLORA"
     suffixes: ClassVar[Mapping[str, str]] = {
         "vblora_logits_A": "logits_A",

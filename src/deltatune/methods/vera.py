@@ -44,6 +44,7 @@ class VeRA(WeightDelta):
     title: ClassVar[str] = "VeRA"
     paper: ClassVar[str] = "arXiv 2310.11454"
     learning_rate: ClassVar[float] = 6e-2
+    grows_by: ClassVar[str] = "rank"
     peft_type: ClassVar[str] = "VERA"
     suffixes: ClassVar[Mapping[str, str]] = {"vera_lambda_b": "lambda_b", "vera_lambda_d": "lambda_d"}
     shared_suffixes: ClassVar[Mapping[str, str]] = {"vera_A": "A", "vera_B": "B"}

@@ -59,6 +59,7 @@ class WaveFT(WeightDelta):
     title: ClassVar[str] = "WaveFT"
     paper: ClassVar[str] = "arXiv 2505.12532"
     learning_rate: ClassVar[float] = 1e-3
+    grows_by: ClassVar[str] = "coefficients"
     patterns: ClassVar[Mapping[str, str]] = {"coefficients_pattern": "coefficients"}
     peft_type: ClassVar[str] = "WAVEFT"
     suffixes: ClassVar[Mapping[str, str]] = {"waveft_spectrum": "spectrum"}

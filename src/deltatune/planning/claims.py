@@ -248,8 +248,8 @@ def _shares() -> Claim:
         f"LLaMA-7B: LoRA r=8 on query and value {100 * small.trainable / small.total:.3f}%, r=16 on all linear layers "
         f"{100 * wide.trainable / wide.total:.2f}%, r=64 {100 * lora.trainable / lora.total:.2f}%. Adapters at "
         f"the paper's /16 {100 * adapters.trainable / adapters.total:.1f}% (after the FFN alone); Houlsby at /64 on "
-        f"BERT-base {100 * (houlsby.trainable - houlsby.head) / houlsby.total:.2f}%. VB-LoRA (r=4, h=256, b=256) stores "
-        f"{bank.stored:,} numbers, {bank.stored / lora.stored:.3f} of LoRA at r=64 and "
+        f"BERT-base {100 * (houlsby.trainable - houlsby.head) / houlsby.total:.2f}%. VB-LoRA (r=4, h=256, b=256) "
+        f"stores {bank.stored:,} numbers, {bank.stored / lora.stored:.3f} of LoRA at r=64 and "
         f"{bank.stored / small.stored:.2f} of LoRA at r=8 on query and value",
     )
 

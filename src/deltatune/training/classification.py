@@ -1,10 +1,10 @@
-"""Classifying texts: cross-entropy of one label for each example; accuracy and macro-F1."""
+"""Classifying texts: cross-entropy of one label for each example; accuracy, macro-F1 and calibration."""
 
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from deltatune.data.batches import Batch, by_length, collate
@@ -48,7 +48,7 @@ class Classification:
         return loss.item()
 
     def evaluate(self, examples: Tokens) -> Scores:
-        """Loss, accuracy and macro-F1 (F1 of each class that occurs, averaged with equal weight) over every example."""
+        """Loss, accuracy, macro-F1 (F1 of each class that occurs, averaged with equal weight) and calibration error."""
         from sklearn.metrics import f1_score
 
         logits = torch.empty(len(examples), self.model.config.num_labels)
@@ -61,6 +61,7 @@ class Classification:
         figures = {
             "accuracy": right.double().mean().item(),
             "macro_f1": float(f1_score(labels, predictions, average="macro")),
+            "calibration_error": calibration_error(sure, right),
             "loss": F.cross_entropy(logits, labels).item(),
         }
         outputs = [
@@ -70,5 +71,18 @@ class Classification:
         return Scores("accuracy", figures, right.double().tolist(), outputs)
 
     def test(self, split: Split, limit: int, _: Decoding) -> Scores:
-        """Loss, accuracy and macro-F1."""
+        """Loss, accuracy, macro-F1 and calibration error."""
         return self.evaluate(self.encode(split, limit))
+
+
+def calibration_error(
+    confidence: Float[Tensor, " examples"], right: Bool[Tensor, " examples"], bins: int = 15
+) -> float:
+    """The expected calibration error of answers given with these probabilities (arXiv 1706.04599, equation 3).
+
+    Of as many bins of equal width over [0, 1] the mean of |accuracy − mean probability|, weighed by their examples; a
+    bin has its upper bound in it. 0 where answers are right as often as their probability says.
+    """
+    bin_of = (confidence.double() * bins).ceil().long().clamp(1, bins) - 1
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, bin_of, right.double() - confidence.double())
+    return gaps.abs().sum().item() / len(confidence)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from deltatune.data.batches import Batch, epoch
-from deltatune.errors import UserError
+from deltatune.errors import DivergedError
 from deltatune.models.attach import after_step, learning_rates, penalty, settled, trainable_parameters
 from deltatune.models.quantise import total_parameters
 from deltatune.training.checkpointing import checkpointing
@@ -99,8 +99,10 @@ def train(
                 listen(Evaluated(step, done, "validation", dict(scores.figures), len(validation), took))
                 if settled(model, step, len(groups)):
                     kept.offer(step, scores, parameters)
+                if settings.patience and kept.stale >= settings.patience:
+                    break
     best_step, scores = kept.restore(parameters)
-    finished = Finished(len(groups), seconds, best_step)
+    finished = Finished(step, seconds, best_step)
     listen(finished)
     return finished, scores
 
@@ -156,10 +158,15 @@ class _Kept:
         self._keep = keep
         self._weights: dict[str, Tensor] = {}
         self._best: tuple[int, Scores] | None = None
+        self._highest: tuple[float, ...] | None = None
+        self.stale = 0
+        """Offers in a row that were no better than one before."""
 
     def offer(self, step: int, scores: Scores, parameters: dict[str, nn.Parameter]) -> None:
         """Takes the current weights if they are better."""
-        if self._keep == "last" or self._best is None or scores.rank > self._best[1].rank:
+        better = self._highest is None or scores.rank > self._highest
+        self._highest, self.stale = (scores.rank, 0) if better else (self._highest, self.stale + 1)
+        if self._keep == "last" or better:
             self._best = (step, scores)
             if self._keep == "best":
                 self._weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
@@ -173,10 +180,10 @@ class _Kept:
         return self._best
 
 
-def _diverged(step: int, loss: float, parameters: dict[str, nn.Parameter]) -> UserError:
+def _diverged(step: int, loss: float, parameters: dict[str, nn.Parameter]) -> DivergedError:
     bad = next((n for n, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()), None)
     where = f"; the first bad gradient is that of {bad}" if bad else ""
-    return UserError(
+    return DivergedError(
         f"training stopped at step {step}: the loss is {loss:.4g}{where}",
         "lower the learning rate, or use --precision fp32; the weights before this step were finite",
     )

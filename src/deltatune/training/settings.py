@@ -52,3 +52,6 @@ class Training(BaseModel):
     """Which weights are kept: those best on validation, or the last."""
     evaluations: int = Field(2, ge=1)
     """Validations in each epoch, evenly spaced; the last step is always one."""
+    patience: int = Field(0, ge=0)
+    """Stop early after so many validations in a row that brought nothing better; 0 never does. The learning rate falls
+    as if the run went on to its end."""

@@ -19,7 +19,7 @@ from deltatune.models.base import Base, originals
 from deltatune.training.events import Finished, Listener
 from deltatune.training.loop import train
 from deltatune.training.pieces import quicken
-from deltatune.training.plain_text import plain_text_loss
+from deltatune.training.plain_text import plain_text_loss, plain_text_states
 from deltatune.training.precision import Computed, prepare, resolve
 from deltatune.training.settings import Training
 from deltatune.training.task import Examples, Scores, Task
@@ -47,6 +47,8 @@ class Tuned:
     """Training examples that were longer than `max_length`."""
     plain_text: float | None
     """Loss of the base on a fixed text that is not the task; None for a classifier."""
+    plain_states: Tensor | None
+    """What a classifier's base gave for the tokens of that text before training; None for a language model."""
 
 
 def ignore(_: object) -> None:
@@ -85,7 +87,7 @@ def tune(
     prepare(model, precision)
     quicken(model, limit, settings.plain)
     with nullcontext() if cast(Attachment, attachment(model)).trains_base else disabled(model):
-        plain_text = plain_text_loss(base, precision)
+        plain_text, plain_states = plain_text_loss(base, precision), plain_text_states(base, precision)
     finished, scores = train(
         task,
         examples,
@@ -97,7 +99,9 @@ def tune(
         listen=listen,
     )
     settings = settings.model_copy(update={"learning_rate": rate, "precision": precision})
-    return Tuned(base, method, settings, precision, limit, finished, scores, examples.truncated, plain_text)
+    return Tuned(
+        base, method, settings, precision, limit, finished, scores, examples.truncated, plain_text, plain_states
+    )
 
 
 def _with_token_ids(method: Method, tokenizer: PreTrainedTokenizerBase) -> Method:

@@ -1,0 +1,105 @@
+"""How much chance moves a mean over test examples and seeds, and how far out a value lies.
+
+A table of values, (examples, seeds), is read as a mean, an effect of each example, an effect of each seed and a rest:
+both examples and seeds are drawn anew by whoever repeats the comparison (crossed random effects; Searle, Casella &
+McCulloch 1992). The mean then varies as √a·N + √b·t: the examples' part is normal, and the seeds' part is Student's t,
+since their spread is known from a few seeds alone (a sum of this kind is Behrens' and Fisher's).
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import brentq
+from scipy.special import ndtr, stdtr, stdtrit
+
+Values = npt.NDArray[np.float64]
+"""Of each test example and seed: a score, or by how much one method did better than another."""
+
+_NEGLIGIBLE = 0.01
+"""Share of the examples' variance up to which the seeds' is counted as the examples' is: as a known one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chance:
+    """The mean of a table of values and how it would vary if everything were drawn anew."""
+
+    mean: float
+    examples: int
+    seeds: int
+    of_examples: float
+    """Variance of the mean that comes from the choice of examples."""
+    of_seeds: float
+    """Variance of the mean that comes from the luck of the seeds; 0 for one seed, which cannot show it."""
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean."""
+        return float((self.of_examples + self.of_seeds) ** 0.5)
+
+    def beyond(self, distance: float) -> float:
+        """The probability that chance alone takes the mean this far from the truth, either way."""
+        if self.examples < 2:  # one example shows no spread
+            return 1.0
+        if self.error == 0:
+            return float(distance == 0)
+        if self.of_seeds <= _NEGLIGIBLE * self.of_examples:
+            return float(2 * stdtr(self.examples - 1, -distance / self.error))
+        normal, weights = _normal()
+        upper = stdtr(self.seeds - 1, (normal * self.of_examples**0.5 - distance) / self.of_seeds**0.5)
+        return float(min(1.0, 2 * (upper @ weights)))  # both sides alike
+
+    def half_width(self, level: float) -> float:
+        """The distance that chance alone goes beyond with probability `level`; infinite where nothing can be said."""
+        if self.examples < 2:
+            return float("inf")
+        if self.error == 0:
+            return 0.0
+        if self.of_seeds <= _NEGLIGIBLE * self.of_examples:
+            return float(-stdtrit(self.examples - 1, level / 2) * self.error)
+        most = -stdtrit(self.seeds - 1, level / 4) * self.of_seeds**0.5 + 40 * self.of_examples**0.5
+        return float(brentq(lambda distance: self.beyond(distance) - level, 0.0, most, rtol=1e-6))
+
+
+def chance(values: Values) -> Chance:
+    """What the table (examples, seeds) says of its mean.
+
+    Two or three seeds may agree by luck. Of the noise that their means owe to single examples, only the share
+    1 − 1/(seeds − 1) is therefore taken off the variance between them: none for two seeds, nearly all for many.
+    `benchmarks/statistics.py` shows what that brings.
+    """
+    count, seeds = values.shape
+    mean = float(values.mean())
+    examples = values.mean(axis=1) - mean
+    between_examples = seeds * float(examples @ examples) / max(1, count - 1)
+    if seeds == 1:
+        return Chance(mean, count, 1, between_examples / count, 0.0)
+    own = values.mean(axis=0) - mean
+    between_seeds = count * float(own @ own) / (seeds - 1)
+    rest = values - mean - examples[:, None] - own
+    noise = float((rest**2).sum()) / max(1, (count - 1) * (seeds - 1))
+    of_seeds = max(0.0, between_seeds - (1 - 1 / (seeds - 1)) * noise)
+    return Chance(mean, count, seeds, between_examples / (count * seeds), of_seeds / (count * seeds))
+
+
+def holm(values: list[float]) -> list[float]:
+    """p-values adjusted for being several (Holm 1979): below 0.05 wrongly, any of them, in at most 5% of comparisons.
+
+    That holds however the tests depend on each other, and those of all pairs do; it needs no resampling, whose
+    extreme quantiles a few seeds cannot give.
+    """
+    order = sorted(range(len(values)), key=values.__getitem__)
+    adjusted, least = [1.0] * len(values), 0.0
+    for place, index in enumerate(order):
+        least = max(least, min(1.0, (len(values) - place) * values[index]))
+        adjusted[index] = least
+    return adjusted
+
+
+@cache
+def _normal() -> tuple[Values, Values]:
+    """Points of a standard normal variable and their probabilities."""
+    points = np.linspace(-8.0, 8.0, 161)
+    edges = np.concatenate([[-np.inf], (points[1:] + points[:-1]) / 2, [np.inf]])
+    return points, np.diff(ndtr(edges))
