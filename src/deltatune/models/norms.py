@@ -77,15 +77,22 @@ def _parts(x: Tensor) -> int:
 
 @torch.no_grad()
 def replace_norms(model: nn.Module) -> None:
-    """Puts `RMSNorm` in the place of every frozen norm on a CPU that gives what it gives, by whatever name."""
+    """Puts `RMSNorm` in the place of every frozen norm on a CPU that gives what it gives, by whatever name.
+
+    In an outline, which has no numbers to try it with, those of Gemma are known to give something else.
+    """
     for path, module in list(model.named_modules()):
         weight = getattr(module, "weight", None)
         epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
         if not ("RMSNorm" in type(module).__name__ or type(module).__name__ == "T5LayerNorm") or epsilon is None:
             continue
-        if not isinstance(weight, nn.Parameter) or weight.requires_grad or weight.device.type != "cpu":
+        if not isinstance(weight, nn.Parameter) or weight.requires_grad or weight.device.type not in ("cpu", "meta"):
             continue
         norm = RMSNorm(weight, epsilon).train(module.training)
-        x = torch.linspace(-2, 3, 3 * len(weight), dtype=weight.dtype).view(1, 3, -1)
-        if torch.allclose(norm(x), module(x), rtol=0.01, atol=1e-5):
+        if "Gemma" not in type(module).__name__ if weight.is_meta else _same(norm, module):
             model.set_submodule(path, norm)
+
+
+def _same(norm: RMSNorm, module: nn.Module) -> bool:
+    x = torch.linspace(-2, 3, 3 * len(norm.weight), dtype=norm.weight.dtype).view(1, 3, -1)
+    return torch.allclose(norm(x), module(x), rtol=0.01, atol=1e-5)

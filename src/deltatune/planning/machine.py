@@ -1,8 +1,8 @@
 """A machine as a plan sees it: how much memory it has, and how long it takes over an operation.
 
 Measured here by `calibration.py`, or read from a data sheet: the peak of products in each type, the bandwidth and the
-memory that a vendor states. `machines/` has sheets of common GPUs. Of a sheet's peaks a program reaches a part; the parts
-below are round numbers from experience, not measurements of ours.
+memory that a vendor states. `machines/` has sheets of common GPUs. Of a sheet's peaks a program reaches a part; the
+parts below are round numbers from experience, not measurements of ours.
 """
 
 import json

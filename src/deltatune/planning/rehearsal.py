@@ -10,7 +10,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -26,12 +26,14 @@ from deltatune.models import short_attention
 from deltatune.models.attach import attach, penalty, trainable_parameters
 from deltatune.models.base import Base, quiet
 from deltatune.models.blocks import stacks
+from deltatune.models.norms import replace_norms
 from deltatune.planning.tracing import Shape, Trace, Traced, shaped
 from deltatune.training.attention import SHORT
 from deltatune.training.checkpointing import checkpointing
 from deltatune.training.classification import Classification
 from deltatune.training.language import LanguageModelling
 from deltatune.training.modes import SCORED_TOKENS
+from deltatune.training.pooled import end_of_attention, first_token_alone
 from deltatune.training.precision import Computed, prepare
 from deltatune.training.prefix import Prefix
 from deltatune.weights import scratch_apart
@@ -165,6 +167,7 @@ def _rehearse(
             attach(model, method)
         prepare(model, precision)
         replace_dropout(model)
+        replace_norms(model)
         if short and batch.length <= SHORT:
             model.set_attn_implementation(short_attention.NAME)
         shaped(model)
@@ -181,7 +184,8 @@ def _rehearse(
             one = _batch(replace(batch, examples=1, scored=min(batch.scored, batch.length)), model)
             Prefix(model).freeze(lambda: task.run(one))
         del frozen_below
-        with Trace(batch.scored, model) as stepping, checkpointing(model, checkpoint), ExitStack() as hooks:
+        first = nullcontext() if generation or end_of_attention(model) is None else first_token_alone(model)
+        with Trace(batch.scored, model) as stepping, first, checkpointing(model, checkpoint), ExitStack() as hooks:
             if explain:
                 stepping.places = _places(model, hooks)
             if parameters:

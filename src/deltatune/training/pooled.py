@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from deltatune.models.blocks import stacks
@@ -23,13 +24,12 @@ def pooled(model: PreTrainedModel, run: Callable[[], Tensor], on: bool = True) -
     `run` calls the model with texts of some tokens. It is tried out: where the logits are not what they were, because
     the classifier reads other tokens or something in the block needs them, everything stays as it is.
     """
-    end = _end_of_attention(model) if on else None
-    if end is None:
+    if not on or end_of_attention(model) is None:
         yield False
         return
     with evaluating(model):
         expected = run()
-    handle = end.register_forward_pre_hook(_first)
+    handle = first_token_alone(model)
     try:
         with evaluating(model):
             same = _equal(expected, run)
@@ -40,7 +40,14 @@ def pooled(model: PreTrainedModel, run: Callable[[], Tensor], on: bool = True) -
         handle.remove()
 
 
-def _end_of_attention(model: PreTrainedModel) -> nn.Module | None:
+def first_token_alone(model: PreTrainedModel) -> RemovableHandle:
+    """Lets the last block go on with the first token, whoever reads what, until the handle is removed."""
+    end = end_of_attention(model)
+    assert end is not None, "the caller has asked"
+    return end.register_forward_pre_hook(lambda _, args: tuple(x[:, :1] for x in args))
+
+
+def end_of_attention(model: PreTrainedModel) -> nn.Module | None:
     """The module of the last block that projects what attention gives and adds what went into it, as in BERT."""
     blocks = stacks(model)
     if len(blocks) != 1 or not hasattr(model, "num_labels") or model.can_generate():
@@ -50,10 +57,6 @@ def _end_of_attention(model: PreTrainedModel) -> nn.Module | None:
         m for m in last.modules() if [*inspect.signature(m.forward).parameters] == ["hidden_states", "input_tensor"]
     )
     return next(ends, None)
-
-
-def _first(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x[:, :1] for x in args)
 
 
 def _equal(expected: Tensor, run: Callable[[], Tensor]) -> bool:
