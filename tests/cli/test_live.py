@@ -28,7 +28,7 @@ def test_each_run_has_a_row_with_its_state_loss_quality_and_time_left():
     cells = make_experiment({"methods": ["full", "head", "lora"]}).cells()
     full, head, _ = cells
     table = LiveTable(Console(file=io.StringIO(), height=40))
-    assert "loading libraries" in " ".join(shown(table))
+    assert "loading base and data" in " ".join(shown(table))
     table.expect(cells)
     assert row(shown(table), "full") == "full seed 0 waiting"
     for event in (STARTED, HALF, Evaluated(50, 1.0, "validation", {"accuracy": 0.75, "loss": 0.5}, 100, 1.0)):

@@ -319,6 +319,15 @@ def test_pairs_searches_and_what_the_test_could_show_are_on_the_page(comparison,
     assert page.get_by_role("columnheader", name="Pass, merged").count() == 1
 
 
+def test_plans_stand_beside_what_was_measured_where_a_run_has_them(make_cell):
+    plan = {"planned_seconds": 66.0, "planned_peak_bytes": 900_000_000, "training_peak_bytes": 1_000_000_000}
+    cells = [make_cell("lora", seconds=60, **plan), make_cell("head")]
+    drawn = {plot.name: plot for plot in plots(table.rows(cells), cells, {})}
+    assert drawn["planned-time"].alternative == "Planned and measured time. lora: 1m 00s, planned 1m 06s (+10%)."
+    assert "lora: 1.00 GB, planned 900 MB (−10%)." in drawn["planned-memory"].alternative
+    assert not [plot for plot in plots(table.rows(cells[1:]), cells[1:], {}) if plot.name.startswith("planned")]
+
+
 def test_what_was_matched_is_said_with_how_near_it_came():
     one = {"by": "parameters", "to": "lora", "wanted": 100.0}
     alike = [{**one, "label": "lora", "ratio": 1.0, "setting": "rank", "value": 8}]

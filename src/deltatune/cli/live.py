@@ -31,7 +31,7 @@ class LiveTable:
         self._console = console or Console(stderr=True, highlight=False, emoji=False)
         self._runs: dict[object, Progress] = {}
         self._over = False
-        self._spinner = Spinner("dots", "loading libraries, base and data")
+        self._spinner = Spinner("dots")
         self._live = Live(console=self._console, get_renderable=self._shown, refresh_per_second=4)
 
     def __enter__(self) -> Self:
@@ -72,6 +72,7 @@ class LiveTable:
         rows = list(self._runs.values())
         ended = sum(run.state in ("done", "kept", "failed") for run in rows)
         words = Text(f"{ended} of {len(rows)} runs" + (f", {seconds(left)} left" if (left := self._left()) else ""))
+        self._spinner.update(text="writing the report" if ended and ended == len(rows) else "loading base and data")
         busy: list[RenderableType] = [] if self._over or any(r.state == "training" for r in rows) else [self._spinner]
         return Group(self._table(rows if self._over else self._window(rows)), words, *busy) if rows else Group(*busy)
 

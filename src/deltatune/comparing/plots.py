@@ -1,7 +1,7 @@
 """Every chart of a comparison, in the order of the page; here those with a row for each method."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 
@@ -44,6 +44,7 @@ def plots(
         drawn.append(_difference(done, reference, palette))
     drawn += fronts(done, palette)
     drawn += [_time(done, results, palette), _memory(done, palette)]
+    drawn += [_planned(done, what, palette) for what in ("time", "memory") if any(what in f.planned for _, f in done)]
     drawn += [*sweeps(done, palette), *learning(done, [*results, *smaller], palette)]
     drawn += losses([row.label for row, _ in done], curves, reference, palette)
     return drawn
@@ -156,4 +157,30 @@ def _memory(done: Done, palette: Mapping[str, str]) -> Plot:
         "Pale: the process with its libraries, before the base was loaded. Full: what base, method and training added.",
         alt.layer(bar.encode(x2="from:Q", opacity=shade), *words),
         (f"{value['label']}: {value['note']}" for value in values[::2]),
+    )
+
+
+def _planned(done: Done, what: Literal["time", "memory"], palette: Mapping[str, str]) -> Plot:
+    """What was measured, as a bar, with a tick where the plan put it."""
+    tell = table.seconds if what == "time" else table.size
+    known = [(row.label, *figures.planned[what]) for row, figures in done if what in figures.planned]
+    unit, length = unit_of_time(done) if what == "time" else ("MB", 10**6)
+    values = [
+        {
+            "label": label,
+            "value": measured / length,
+            "planned": plan / length,
+            "note": f"{tell(measured)}, planned {tell(plan)} ({plan / (measured or 1) - 1:+.0%})".replace("-", "−"),
+        }
+        for label, plan, measured in known
+    ]
+    x = alt.X("value:Q", scale=alt.Scale(domainMin=0, nice=True), axis=axis_below(title=unit))
+    tick = marks(values).mark_tick(orient="vertical", size=20, thickness=2, yOffset=8, color=INK, opacity=1)
+    return plot(
+        f"planned-{what}",
+        f"Planned and measured {what}",
+        "Bars: measured. Ticks: planned before anything was loaded. In brackets: the plan's error."
+        + (" Memory is of the process until its training ended." if what == "memory" else ""),
+        alt.layer(*bars(values, x, palette), tick.encode(x="planned:Q", y=row_axis(values))),
+        (f"{value['label']}: {value['note']}" for value in values),
     )

@@ -99,6 +99,12 @@ class CellResult(BaseModel):
     """Largest resident memory of the cell's process."""
     baseline_bytes: int
     """Resident memory of that process with its libraries imported, before the base was loaded."""
+    training_peak_bytes: int = 0
+    """The same until the training ended: what a plan speaks of."""
+    planned_peak_bytes: int | None = None
+    """What that was planned to be; None where no plan was made."""
+    planned_seconds: float | None = None
+    """What `train_seconds` was planned to be."""
     trainable: int
     total: int
     adapter_bytes: int

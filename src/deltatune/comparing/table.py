@@ -56,6 +56,8 @@ class Figures:
     baseline_bytes: Spread
     above_baseline_bytes: Spread
     """Peak minus baseline: what the base, the method and its training took."""
+    planned: Mapping[str, tuple[float, float]]
+    """What was planned and what was measured: "time" in seconds and "memory" in bytes, where there was a plan."""
     trainable: int
     total: int
     trainable_share: float
@@ -140,6 +142,7 @@ def _figures(
         peak_bytes=spread(lambda cell: cell.peak_bytes),
         baseline_bytes=spread(lambda cell: cell.baseline_bytes),
         above_baseline_bytes=spread(lambda cell: cell.peak_bytes - cell.baseline_bytes),
+        planned=_planned(cells),
         trainable=first.trainable,
         total=first.total,
         trainable_share=first.trainable / first.total,
@@ -150,6 +153,17 @@ def _figures(
 
 def _spread(values: Sequence[float]) -> Spread:
     return Spread(fmean(values), min(values), max(values))
+
+
+def _planned(cells: Sequence[CellResult]) -> dict[str, tuple[float, float]]:
+    pairs: dict[str, list[tuple[float | None, float]]] = {
+        "time": [(cell.planned_seconds, cell.train_seconds) for cell in cells],
+        "memory": [(cell.planned_peak_bytes, cell.training_peak_bytes) for cell in cells],
+    }
+    known = {name: [(p, m) for p, m in values if p is not None] for name, values in pairs.items()}
+    return {
+        name: (fmean(p for p, _ in values), fmean(m for _, m in values)) for name, values in known.items() if values
+    }
 
 
 def _latency(cells: Sequence[CellResult]) -> dict[str, Spread]:
