@@ -1,6 +1,6 @@
 """How often a comparison calls methods different that are not, and how often it finds a difference that is there.
 
-OMP_NUM_THREADS=1 python benchmarks/verdicts.py [--simulations 1000] [--examples 1500]
+OMP_NUM_THREADS=1 python benchmarks/verdicts.py [--simulations 1000] [--examples 1500] [--methods 2]
 
 Test examples, seeds and answers are made up: what is hard for one method is hard for the others, each method has
 examples that suit it, each seed its luck on single examples, and each seed of each method shifts its accuracy (`luck`,
@@ -18,7 +18,7 @@ from statistics import fmean
 import numpy as np
 from scipy.stats import norm
 
-from deltatune.comparing.chance import Values, chance
+from deltatune.comparing.chance import Values, chance, moderated
 from deltatune.comparing.results import CellResult
 from deltatune.comparing.statistics import LEVEL, between, pairs
 
@@ -36,9 +36,9 @@ SPREAD = (1 + 0.5**2 + 0.6**2) ** 0.5
 
 WORLDS = [
     (2, 1, 0.0), (2, 2, 0.0), (2, 2, 0.01), (2, 3, 0.0), (2, 3, 0.005), (2, 3, 0.01), (2, 3, 0.03), (2, 5, 0.01),
-    (5, 1, 0.0), (5, 3, 0.0), (5, 3, 0.01), (5, 5, 0.01),
+    (5, 1, 0.0), (5, 3, 0.0), (5, 3, 0.01), (10, 3, 0.01), (10, 3, 0.01, 2),
 ]  # fmt: skip
-"""Methods, seeds, and the luck of a seed."""
+"""Methods, seeds, the luck of a seed, and how many methods have five times as much of it."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class World:
     examples: int
     luck: float
     """Standard deviation of the accuracy of one seed, as a share."""
+    noisy: int = 0
+    """The last so many methods have five times that."""
 
     def draw(self, generator: np.random.Generator, advantage: float = 0.0) -> list[CellResult]:
         """Cells of one comparison; the first method is better by `advantage` (a share), the others are alike."""
@@ -58,7 +60,8 @@ class World:
         for method in range(self.methods):
             suits = 0.5 * generator.normal(size=(self.examples, 1))
             single = 0.6 * generator.normal(size=(self.examples, self.seeds))
-            gain = advantage * (method == 0) + self.luck * generator.normal(size=self.seeds)
+            luck = self.luck * (5 if method >= self.methods - self.noisy else 1)
+            gain = advantage * (method == 0) + luck * generator.normal(size=self.seeds)
             right = (hard + suits + single) / SPREAD < THRESHOLD + gain / norm.pdf(THRESHOLD)
             cells += [
                 TEMPLATE.model_copy(
@@ -77,8 +80,9 @@ def simulate(world: World, simulations: int, seed: int = 0) -> dict[str, float]:
         cells = world.draw(generator)
         found = pairs(cells)
         alarms.append(any(pair.difference.verdict != "not distinguishable" for pair in found))
-        halves.append(chance(first_gains(cells)).half_width(LEVEL / len(found)))
-        resampled.append(not percentile_interval_holds_0(first_gains(cells), generator))
+        gains = [gains_of(cells, pair.a, pair.b) for pair in found]
+        halves.append(moderated([chance(one) for one in gains], world.methods)[0].half_width(LEVEL / len(found)))
+        resampled.append(not percentile_interval_holds_0(gains[0], generator))
     advantage = 2 * fmean(halves)
     hits = []
     for _ in range(simulations):
@@ -87,9 +91,9 @@ def simulate(world: World, simulations: int, seed: int = 0) -> dict[str, float]:
     return {"false": fmean(alarms), "half": fmean(halves), "found": fmean(hits), "resampling": fmean(resampled)}
 
 
-def first_gains(cells: list[CellResult]) -> Values:
-    """By how much the first method did better than the second, (examples, seeds)."""
-    first, second = ([cell.test_values for cell in cells if cell.label == label] for label in ("0", "1"))
+def gains_of(cells: list[CellResult], a: str, b: str) -> Values:
+    """By how much one method did better than another, (examples, seeds)."""
+    first, second = ([cell.test_values for cell in cells if cell.label == label] for label in (a, b))
     return np.subtract(first, second).T
 
 
@@ -108,14 +112,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulations", type=int, default=1000)
     parser.add_argument("--examples", type=int, default=1500)
+    parser.add_argument("--methods", type=int, default=2, help="leave out the worlds with fewer")
     arguments = parser.parse_args()
     print("| Methods | Seeds | Luck of a seed | Called different | Half-width | Found at twice that | Resampling |")
     print("|---|---|---|---|---|---|---|")
-    for methods, seeds, luck in WORLDS:
-        found = simulate(World(methods, seeds, arguments.examples, luck), arguments.simulations)
+    for methods, seeds, luck, *noisy in WORLDS:
+        if methods < arguments.methods:
+            continue
+        found = simulate(World(methods, seeds, arguments.examples, luck, *noisy), arguments.simulations)
+        some = f", {noisy[0]} five times" if noisy else ""
         print(
-            f"| {methods} | {seeds} | {100 * luck:g} | {found['false']:.1%} | {100 * found['half']:.2f} "
-            f"| {found['found']:.1%} | {found['resampling']:.1%} |",
+            f"| {methods} | {seeds} | {100 * luck:g}{some} | {found['false']:.1%} "
+            f"| {100 * found['half']:.2f} | {found['found']:.1%} | {found['resampling']:.1%} |",
             flush=True,
         )
 

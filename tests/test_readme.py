@@ -94,7 +94,7 @@ def test_there_is_an_experiment_for_every_claim_that_is_one() -> None:
 
 
 def test_the_experiment_that_the_readme_shows_is_valid() -> None:
-    [block] = re.findall(r"^```yaml\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    [block] = blocks("yaml")
     experiment = make_experiment(yaml.safe_load(block))
     assert experiment.tuning is not None
     assert experiment.tuning.trials == 8

@@ -96,7 +96,9 @@ def test_experiment_yaml_has_every_default_revisions_versions_and_the_machine(st
 
 def test_every_method_takes_the_same_steps_over_the_same_examples(story):
     runs = [list(read_events(cell / "events.jsonl")) for cell in (story.run.folder / "cells").iterdir()]
-    planned = {(run[0].steps, run[0].examples, run[0].epochs) for run in runs if isinstance(run[0], Started)}
+    planned = {
+        (event.steps, event.examples, event.epochs) for run in runs for event in run if isinstance(event, Started)
+    }
     seen = {
         [(event.step, event.examples, event.tokens) for event in run if isinstance(event, Step)][-1] for run in runs
     }

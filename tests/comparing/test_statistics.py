@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from deltatune.comparing.chance import Chance, chance, holm
+from deltatune.comparing.chance import Chance, _common_spread, chance, holm, moderated
 from deltatune.comparing.results import CellResult
 from deltatune.comparing.statistics import Interval, between, difference, mean_interval, pairs, power, wilson
 from deltatune.errors import UserError
@@ -188,20 +189,42 @@ def test_the_spread_of_a_mean_is_that_of_examples_and_seeds_together():
     assert of_examples.half_width(0.05) == pytest.approx(t.ppf(0.975, 499) * of_examples.error)
 
 
-@pytest.mark.parametrize("found", [Chance(0.1, 1, 1, 0.0, 0.0), Chance(0.1, 1, 3, 0.0, 0.01)])
+def test_pairs_learn_from_each_other_how_much_seeds_matter():
+    """Of equal spreads three seeds' own tell little and all together much; unlike ones are left to themselves."""
+    generator = np.random.default_rng(6)
+    alike = [Chance(0, 500, 3, 1e-6, float(square), 0.0, 2) for square in generator.chisquare(2, 45) / 2]
+    learnt = moderated(alike, 10)
+    assert all(after.freedom == 2 + 9 for after in learnt)  # half of the 18 of ten methods
+    assert all(after.between >= before.between for before, after in zip(alike, learnt, strict=True))
+    assert min(after.between for after in learnt) > 0.5
+    assert moderated(alike[:3], 3) == alike[:3]
+    unlike = [replace(one, between=one.between * 10.0**k) for k, one in zip(np.linspace(-6, 6, 45), alike, strict=True)]
+    assert all(after.freedom < 2.3 for after in moderated(unlike, 10))
+
+
+def test_the_common_spread_is_found_from_its_traces():
+    """Mean squares of 4 degrees of freedom whose true values scatter as those of 8 would around 2."""
+    generator = np.random.default_rng(7)
+    truth = 2 * 8 / generator.chisquare(8, 4_000)
+    more, common = _common_spread(truth * generator.chisquare(4, 4_000) / 4, 4)
+    assert more == pytest.approx(8, rel=0.15)
+    assert common == pytest.approx(2, rel=0.05)
+
+
+@pytest.mark.parametrize("found", [Chance(0.1, 1, 1, 0.0), Chance(0.1, 1, 3, 0.0, 0.03, 0.0, 2)])
 def test_one_example_says_nothing(found):
     assert found.beyond(0.1) == 1
     assert found.half_width(0.05) == float("inf")
 
 
 @pytest.mark.parametrize(
-    "found", [Chance(0, 500, 3, 1e-4, 2e-4), Chance(0, 500, 2, 1e-4, 1e-5), Chance(0, 500, 1, 1e-4, 0)]
+    "found", [Chance(0, 500, 3, 1e-4, 0.3, 0.0, 2), Chance(0, 500, 2, 1e-4, 0.01, 0.0, 1), Chance(0, 500, 1, 1e-4)]
 )
 def test_the_half_width_is_what_chance_goes_beyond_as_often_as_is_said(found):
     for level in (0.05, 0.001):
         assert found.beyond(found.half_width(level)) == pytest.approx(level, rel=1e-3)
     drawn = np.random.default_rng(5)
-    luck = drawn.standard_t(found.seeds - 1, 100_000) if found.seeds > 1 else np.zeros(100_000)
+    luck = drawn.standard_t(found.freedom, 100_000) if found.seeds > 1 else np.zeros(100_000)
     means = found.of_examples**0.5 * drawn.normal(size=100_000) + found.of_seeds**0.5 * luck
     assert np.mean(np.abs(means) > found.half_width(0.05)) == pytest.approx(0.05, abs=0.004)
 
@@ -211,7 +234,7 @@ def test_simulated_comparisons_give_few_false_alarms_and_find_what_is_there():
     spec = spec_from_file_location("verdicts", Path(__file__).parents[2] / "benchmarks" / "verdicts.py")
     verdicts = sys.modules["verdicts"] = module_from_spec(spec)
     spec.loader.exec_module(verdicts)
-    for world in (verdicts.World(2, 3, 300, 0.0), verdicts.World(2, 3, 300, 0.03), verdicts.World(4, 1, 300, 0.0)):
+    for world in (verdicts.World(2, 3, 300, 0.0), verdicts.World(2, 3, 300, 0.03), verdicts.World(4, 3, 300, 0.02)):
         found = verdicts.simulate(world, 100)
         assert found["false"] <= 0.12  # of 100 with a chance of 5%, more than 12 are one in 700
         assert found["found"] >= 0.8

@@ -35,7 +35,7 @@ def _front(cell: Cell, result: CellResult, about: Mapping[str, Any], in_peft: bo
     front = {
         "library_name": "peft" if in_peft else "deltatune",
         "base_model": base if _has_public_name(base) else None,
-        "base_model_relation": "adapter",
+        "base_model_relation": "adapter" if _has_public_name(base) else None,
         "datasets": [data] if _has_public_name(data) else None,
         "pipeline_tag": "text-classification" if classifies else "text-generation",
         "tags": ["deltatune", "adapter", result.method],

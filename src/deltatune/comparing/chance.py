@@ -6,17 +6,20 @@ McCulloch 1992). The mean then varies as √a·N + √b·t: the examples' part i
 since their spread is known from a few seeds alone (a sum of this kind is Behrens' and Fisher's).
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 import numpy.typing as npt
 from scipy.optimize import brentq
-from scipy.special import ndtr, stdtr, stdtrit
+from scipy.special import digamma, ndtr, polygamma, stdtr, stdtrit
 
 Values = npt.NDArray[np.float64]
 """Of each test example and seed: a score, or by how much one method did better than another."""
 
+_MOST = 1e6
+"""Degrees of freedom that are as good as infinitely many."""
 _NEGLIGIBLE = 0.01
 """Share of the examples' variance up to which the seeds' is counted as the examples' is: as a known one."""
 
@@ -30,8 +33,24 @@ class Chance:
     seeds: int
     of_examples: float
     """Variance of the mean that comes from the choice of examples."""
-    of_seeds: float
-    """Variance of the mean that comes from the luck of the seeds; 0 for one seed, which cannot show it."""
+    between: float = 0.0
+    """Mean square between the seeds: of what one example gives, as their means tell."""
+    noise: float = 0.0
+    """The part of it that single examples would bring without any luck of the seeds."""
+    freedom: float = 0.0
+    """Degrees of freedom of `between`: one less than the seeds, and more where other methods tell of it as well."""
+
+    @property
+    def of_seeds(self) -> float:
+        """Variance of the mean that comes from the luck of the seeds; 0 for one seed, which cannot show it.
+
+        Two or three seeds may agree by luck. Of the noise that their means owe to single examples, only the share
+        1 − 1/freedom is therefore taken off: none for two seeds by themselves, nearly all for many.
+        `benchmarks/verdicts.py` shows what that brings.
+        """
+        if not self.freedom:
+            return 0.0
+        return max(0.0, self.between - (1 - 1 / self.freedom) * self.noise) / (self.examples * self.seeds)
 
     @property
     def error(self) -> float:
@@ -47,7 +66,7 @@ class Chance:
         if self.of_seeds <= _NEGLIGIBLE * self.of_examples:
             return float(2 * stdtr(self.examples - 1, -distance / self.error))
         normal, weights = _normal()
-        upper = stdtr(self.seeds - 1, (normal * self.of_examples**0.5 - distance) / self.of_seeds**0.5)
+        upper = stdtr(self.freedom, (normal * self.of_examples**0.5 - distance) / self.of_seeds**0.5)
         return float(min(1.0, 2 * (upper @ weights)))  # both sides alike
 
     def half_width(self, level: float) -> float:
@@ -58,29 +77,58 @@ class Chance:
             return 0.0
         if self.of_seeds <= _NEGLIGIBLE * self.of_examples:
             return float(-stdtrit(self.examples - 1, level / 2) * self.error)
-        most = -stdtrit(self.seeds - 1, level / 4) * self.of_seeds**0.5 + 40 * self.of_examples**0.5
+        most = -stdtrit(self.freedom, level / 4) * self.of_seeds**0.5 + 40 * self.of_examples**0.5
         return float(brentq(lambda distance: self.beyond(distance) - level, 0.0, most, rtol=1e-6))
 
 
 def chance(values: Values) -> Chance:
-    """What the table (examples, seeds) says of its mean.
-
-    Two or three seeds may agree by luck. Of the noise that their means owe to single examples, only the share
-    1 − 1/(seeds − 1) is therefore taken off the variance between them: none for two seeds, nearly all for many.
-    `benchmarks/statistics.py` shows what that brings.
-    """
+    """What the table (examples, seeds) says of its mean."""
     count, seeds = values.shape
     mean = float(values.mean())
     examples = values.mean(axis=1) - mean
     between_examples = seeds * float(examples @ examples) / max(1, count - 1)
     if seeds == 1:
-        return Chance(mean, count, 1, between_examples / count, 0.0)
+        return Chance(mean, count, 1, between_examples / count)
     own = values.mean(axis=0) - mean
     between_seeds = count * float(own @ own) / (seeds - 1)
     rest = values - mean - examples[:, None] - own
     noise = float((rest**2).sum()) / max(1, (count - 1) * (seeds - 1))
-    of_seeds = max(0.0, between_seeds - (1 - 1 / (seeds - 1)) * noise)
-    return Chance(mean, count, seeds, between_examples / (count * seeds), of_seeds / (count * seeds))
+    return Chance(mean, count, seeds, between_examples / (count * seeds), between_seeds, noise, seeds - 1)
+
+
+def moderated(pairs: Sequence[Chance], methods: int) -> list[Chance]:
+    """The same, where each pair of methods learns from all the others how much seeds matter (Smyth 2004, limma).
+
+    Three seeds tell so little of their own spread that in a family of many pairs hardly anything could be shown. How
+    much the spreads of all pairs differ says how far they may be taken for one: their common spread then counts as
+    `d0` degrees of freedom more. Two cautions keep a method that is noisier than most from false alarms: a pair's own
+    spread is never made smaller, and d0, which pairs that share a method make look larger than it is, counts half.
+    With fewer than four methods, or one seed, there is nothing to learn from.
+    """
+    several = [pair for pair in pairs if pair.freedom and pair.between > 0]
+    if methods < 4 or len({pair.seeds for pair in pairs}) != 1 or len(several) < 6:
+        return list(pairs)
+    freedom = several[0].freedom
+    more, common = _common_spread(np.array([pair.between for pair in several]), freedom)
+    more = min(more, (methods - 1) * freedom) / 2
+    return [
+        replace(
+            pair,
+            between=max(pair.between, (more * common + freedom * pair.between) / (more + freedom)),
+            freedom=freedom + more,
+        )
+        for pair in pairs
+    ]
+
+
+def _common_spread(squares: Values, freedom: float) -> tuple[float, float]:
+    """d0 and s0² such that mean squares look like s0²·F with `freedom` and d0 degrees of freedom (Smyth 2004, 6.2)."""
+    logs = np.log(squares) - digamma(freedom / 2) + np.log(freedom / 2)
+    beyond = float(logs.var(ddof=1) - polygamma(1, freedom / 2))
+    if beyond <= polygamma(1, _MOST / 2):
+        return float("inf"), float(np.exp(logs.mean()))
+    half = brentq(lambda half: polygamma(1, half) - beyond, 1e-6, _MOST / 2)
+    return 2 * half, float(np.exp(logs.mean() + digamma(half) - np.log(half)))
 
 
 def holm(values: list[float]) -> list[float]:

@@ -140,7 +140,7 @@ def _facts(experiment: Mapping[str, Any]) -> dict[str, Any]:
 def _runs(
     experiment: Mapping[str, Any], results: Sequence[CellResult], failed: Sequence[FailedCell]
 ) -> Iterator[dict[str, Any]]:
-    """Every run with its settings and its figures, as results.csv has them."""
+    """Every run with its settings and its figures, as results.csv has them but rounded."""
     resolved = experiment.get("resolved", {})
     chosen = {choice.get("label"): choice for choice in experiment.get("methods", []) if isinstance(choice, Mapping)}
     every: list[CellResult | FailedCell] = [*results, *failed]
@@ -164,8 +164,12 @@ def _runs(
                 "storage": chosen.get(cell.label, {}).get("storage") or "as the base has it",
             },
             "targets": resolved.get("targets", {}).get(cell.label, ""),
-            "figures": {name: value for name, value in figures.items() if value not in (None, "")},
+            "figures": {name: _rounded(value) for name, value in figures.items() if value not in (None, "")},
         }
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 @cache

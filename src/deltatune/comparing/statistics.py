@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from deltatune.comparing.chance import Chance, Values, chance, holm
+from deltatune.comparing.chance import Chance, Values, chance, holm, moderated
 from deltatune.comparing.results import CellResult
 from deltatune.errors import UserError
 
@@ -42,7 +42,8 @@ class Difference:
 
     Assumptions: test examples are drawn independently from what the method will meet later, and so are seeds. With ONE
     seed everything here covers the choice of test examples only, not the luck of the seed; from two on it covers both,
-    and is wide where seeds are few and matter much.
+    and is wide where seeds are few and matter much. From four methods on, each pair learns from the others how much
+    seeds matter.
     """
 
     value: float
@@ -108,11 +109,11 @@ def pairs(results: Sequence[CellResult]) -> list[Pair]:
         label: [cell for cell in results if cell.label == label] for label in dict.fromkeys(c.label for c in results)
     }
     gains = {(a, b): found for a, b in combinations(cells, 2) if (found := _gains(cells[a], cells[b])) is not None}
-    made = {pair: (seeds, chance(_with_imagined(values))) for pair, (seeds, values) in gains.items()}
-    p = [_p(values, made[pair][1]) for pair, (_, values) in gains.items()]
+    spreads = moderated([chance(_with_imagined(values)) for _, values in gains.values()], len(cells))
+    p = [_p(values, spread) for (_, values), spread in zip(gains.values(), spreads, strict=True)]
     return [
-        Pair(a, b, _difference(values, seeds, made[a, b][1], alone, adjusted, len(gains)))
-        for ((a, b), (seeds, values)), alone, adjusted in zip(gains.items(), p, holm(p), strict=True)
+        Pair(a, b, _difference(values, seeds, spread, alone, adjusted, len(gains)))
+        for ((a, b), (seeds, values)), spread, alone, adjusted in zip(gains.items(), spreads, p, holm(p), strict=True)
     ]
 
 

@@ -23,6 +23,9 @@ from deltatune.training.language import LanguageModelling
 from deltatune.training.modes import evaluating
 from deltatune.training.precision import Computed
 
+_PARAGRAPHS = 4
+"""Of the text whose states are kept: some hundreds of tokens tell a mean well enough."""
+
 
 def plain_text_loss(base: Base, precision: Computed) -> float | None:
     """Mean cross-entropy a token, in nats; None for a classifier.
@@ -42,7 +45,7 @@ def plain_text_loss(base: Base, precision: Computed) -> float | None:
 
 
 def plain_text_states(base: Base, precision: Computed) -> Float[Tensor, "tokens width"] | None:
-    """What a classifier's base gives for each token of the text in the end, in fp32; None for a language model."""
+    """What a classifier's base gives for tokens of the text in the end, in fp32; None for a language model."""
     if base.task != "classification":
         return None
     found: list[Tensor] = []
@@ -51,7 +54,7 @@ def plain_text_states(base: Base, precision: Computed) -> Float[Tensor, "tokens 
         found.append(output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0])
 
     task = Classification(base, precision)
-    texts = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").strip().split("\n\n")
+    texts = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8").strip().split("\n\n")[:_PARAGRAPHS]
     limit = length_limit(base.tokenizer, base.model.config, 256, virtual_tokens(base.model))
     tokens = task.encode(Split(texts, [0] * len(texts)), limit)
     handle = base.model.base_model.register_forward_hook(keep)
