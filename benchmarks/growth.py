@@ -32,12 +32,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import deltatune
 from deltatune import LoRA
 from deltatune.data.sequences import Sequences
-from deltatune.dropout import replace_dropout
 from deltatune.models.attach import learning_rates, trainable_parameters
 from deltatune.models.base import Base
-from deltatune.training.attention import choose_attention
 from deltatune.training.memory import peak, resident
 from deltatune.training.optimisers import make_optimiser
+from deltatune.training.pieces import quicken
 from deltatune.training.precision import prepare, resolve
 from deltatune.training.tasks import task_for
 
@@ -100,8 +99,7 @@ def measure(point: Point, steps: int) -> dict[str, float]:
         deltatune.attach(base.model, LoRA(rank=point.rank, targets=targets), name=f"adapter{number}")
     precision = resolve("auto")
     prepare(base.model, precision)
-    replace_dropout(base.model)
-    choose_attention(base.model, point.length)
+    quicken(base.model, point.length)
     base.model.train()
     task = task_for(base, precision)
     ids = torch.randint(3, VOCABULARY, (rows, point.length)).tolist()

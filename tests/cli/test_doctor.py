@@ -3,8 +3,8 @@ import json
 from command import assert_refused, deltatune
 
 
-def test_doctor_says_what_runs_use_here_and_why():
-    done = deltatune("doctor")
+def test_doctor_says_what_runs_use_here_and_why(base):
+    done = deltatune("doctor", "--base", base)
     assert done.code == 0, done.err
     assert all(word in done.out for word in ("precision", "attention", "decoding of nf4", "why"))
 

@@ -29,6 +29,11 @@ def test_the_parts_of_a_step_make_up_the_step(architecture: str, writes: bool) -
     assert found.reached == found.limit / found.seconds
 
 
+def test_the_pieces_that_a_step_has_are_named() -> None:
+    assert profiled("bert", rank=2).pieces == ("attention", "dropout", "pooled")
+    assert profiled("llama", rank=2, writes=True).pieces == ("attention", "norms", "packing")
+
+
 def test_a_selection_adds_nothing_to_the_layers_and_lora_does() -> None:
     assert profiled("bert", "bitfit").parts["method"] == 0
     assert profiled("bert", rank=2).parts["method"] > 0

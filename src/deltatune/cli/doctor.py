@@ -107,6 +107,7 @@ def _step(profile: "Profile") -> Table:
         f"a step of {profile.tokens:,} tokens in {profile.precision}: {1000 * profile.seconds:,.0f} ms; its products "
         f"with frozen weights alone take {1000 * profile.limit:,.0f} ms, {profile.reached:.0%} of it"
     )
+    table.caption, table.caption_justify = f"fast pieces: {', '.join(profile.pieces) or 'none'}", "left"
     table.add_column("ms", justify="right")
     table.add_column("share", justify="right")
     for part, seconds in sorted(profile.parts.items(), key=lambda item: -item[1]):

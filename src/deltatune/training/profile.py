@@ -23,16 +23,19 @@ from transformers import PreTrainedModel
 from deltatune.data.batches import Batch
 from deltatune.data.sequences import Sequences
 from deltatune.data.tokens import Tokens
-from deltatune.dropout import replace_dropout
+from deltatune.dropout import Dropout
 from deltatune.errors import UserError
 from deltatune.methods import Method
+from deltatune.models import short_attention
 from deltatune.models.adapted import Adapted, Added
 from deltatune.models.attach import attach, learning_rates, penalty, trainable_parameters
 from deltatune.models.base import Base
+from deltatune.models.norms import RMSNorm
 from deltatune.models.positions import room_for_text
 from deltatune.models.roles import ALIASES, base_layers, linear_roles
-from deltatune.training.attention import choose_attention
 from deltatune.training.optimisers import make_optimiser
+from deltatune.training.pieces import PIECES, Piece, quicken
+from deltatune.training.pooled import pooled
 from deltatune.training.precision import Computed, Precision, prepare, resolve
 from deltatune.training.task import Task
 from deltatune.training.tasks import task_for
@@ -74,6 +77,8 @@ class Profile:
     precision: Computed
     attention: str
     """The implementation that the model uses, by the name that Transformers has for it."""
+    pieces: tuple[Piece, ...]
+    """The fast pieces that the step has; the architecture, the length or the device has no use for the others."""
 
     @property
     def reached(self) -> float:
@@ -105,10 +110,9 @@ def profile_step(
     batch = _batch(base, task, tokens // length, length, seed)
     attach(model, method, seed=seed, examples=iter([{**batch.inputs, "labels": batch.labels}]))
     prepare(model, computed)
-    replace_dropout(model)
-    choose_attention(model, length)
+    quicken(model, length)
     model.train()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), pooled(model, lambda: task.run(batch)) as reads_one:
         torch.manual_seed(seed)
         step = _Step(task, batch)
         seconds = _timed(step, steps)
@@ -121,7 +125,19 @@ def profile_step(
         tokens=batch.tokens,
         precision=computed,
         attention=str(model.config._attn_implementation),
+        pieces=_pieces(model, task, reads_one),
     )
+
+
+def _pieces(model: PreTrainedModel, task: Task, reads_one: bool) -> tuple[Piece, ...]:
+    runs: dict[Piece, bool] = {
+        "attention": model.config._attn_implementation == short_attention.NAME,
+        "dropout": any(isinstance(module, Dropout) for module in model.modules()),
+        "norms": any(isinstance(module, RMSNorm) for module in model.modules()),
+        "packing": bool(getattr(task, "_packed", False)),
+        "pooled": reads_one,
+    }
+    return tuple(piece for piece in PIECES if runs[piece])
 
 
 class _Step:
