@@ -194,7 +194,8 @@ def _quarter() -> Claim:
         _READING,
         f"of the linear weights against 16 bits: {100 * (1 - weights['nf4'] / weights['bf16']):.1f}% "
         f"({100 * (1 - weights['nf4'] / weights['fp32']):.1f}% against 32). Of a step, LoRA on LLaMA-7B at 512 tokens: "
-        f"{_gb(a.memory.training)} → {_gb(b.memory.training)}, {100 * (1 - b.memory.training / a.memory.training):.0f}%, "
+        f"{_gb(a.memory.training)} → {_gb(b.memory.training)}, "
+        f"{100 * (1 - b.memory.training / a.memory.training):.0f}%, "
         "since embeddings, activations and what trains stay",
     )
 
