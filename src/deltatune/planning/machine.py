@@ -57,6 +57,8 @@ class Machine:
     a comparison are, which shares what it never touches."""
     slack: float = 1.1
     """Memory that the allocator holds for what comes and goes in a step, on the bytes alive at their most."""
+    most_slack: int = 2**60
+    """The most bytes of it: what is large is mapped by itself, and given back."""
     heap: int = 0
     """Bytes that the heap holds besides, once weights have come and gone."""
     products: Mapping[str, Sequence[tuple[tuple[float, ...], float]]] = field(default_factory=dict)
