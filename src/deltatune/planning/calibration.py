@@ -47,6 +47,8 @@ _MOST = 1.2e9
 _NUMBERS = (2**10, 2**15, 2**18, 2**21)
 """Numbers in the tensors of everything else."""
 _FORM = 2
+_GLIBC: dict[str, Any] = {"slack": 1.4, "most_slack": 96 * 2**20, "heap": 40 * 2**20}
+"""Of glibc's heap on a CPU, fitted once to runs of the embedded bases (docs/log.md); no machine measures them."""
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -58,7 +60,7 @@ def this_machine(measure: bool = False) -> Machine:
     path = _path()
     if path.is_file() and not measure:
         try:
-            return from_json(read_json(path))
+            return replace(from_json(read_json(path)), **_GLIBC)
         except (UserError, KeyError, TypeError):  # damaged, or from another version
             pass
     if not measure:
@@ -85,6 +87,7 @@ def _measured() -> Machine:
         precision=precision,
         source="measured here",
         processes=_processes(),
+        **_GLIBC,
         products={kind: _products(_TYPES[kind]) for kind in kinds},
         moves={f"{name} {kind}": points for kind in kinds for name, points in _moves(_TYPES[kind]).items()},
         call=0.0,
@@ -101,6 +104,7 @@ def _guessed() -> Machine:
         precision=resolve("auto"),
         source=_UNMEASURED,
         processes={"fresh": process, "forked": process},
+        **_GLIBC,
         peaks={"float32": 1e11 * threads, "bfloat16": (4e11 if resolve("auto") == "bf16" else 2e10) * threads},
         bandwidth=1.5e10,
         call=3e-5,

@@ -56,7 +56,11 @@ class Machine:
     """What a process holds besides the run: `fresh`, or `forked` from one that has imported everything, as the runs of
     a comparison are, which shares what it never touches."""
     slack: float = 1.1
-    """Resident memory of what comes and goes in a step, on the bytes alive at their most."""
+    """Memory that the allocator holds for what comes and goes in a step, on the bytes alive at their most."""
+    most_slack: int = 2**60
+    """The most bytes of it: what is large is mapped by itself, and given back."""
+    heap: int = 0
+    """Bytes that the heap holds besides, once weights have come and gone."""
     products: Mapping[str, Sequence[tuple[tuple[float, ...], float]]] = field(default_factory=dict)
     """Type → measured products: (batch, m, k, n) and seconds."""
     moves: Mapping[str, Points] = field(default_factory=dict)

@@ -108,6 +108,6 @@ def memory_of(
         activations=step.forward,
         temporaries=max(0.0, step.peak - step.forward),
         scored=rehearsed.scoring.peak,
-        slack=(machine.slack - 1) * large,
+        slack=min((machine.slack - 1) * large, machine.most_slack) + machine.heap,
         read=0.0 if machine.cuda else process.loading + loaded + file,
     )

@@ -40,8 +40,9 @@ from deltatune.weights import scratch_apart
 
 _FEW = 8
 """Blocks up to which a model is rehearsed as it is."""
-_DEPTHS = (1, 3)
-"""With how many blocks of each stack a deep model is rehearsed, first; then with one more."""
+_DEPTHS = (2, 4)
+"""With how many blocks of each stack a deep model is rehearsed, first; then with one more. What goes into the first
+block is not yet what a block leaves behind, so one block alone would say too much of the others."""
 
 
 @dataclass(frozen=True)

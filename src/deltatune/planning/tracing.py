@@ -160,6 +160,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             options["device"] = _META
         with torch._C._DisableTorchDispatch():
             out = _fresh(operation, inner, options) if fresh else operation(*inner, **options)
+            if torch.Tag.inplace_view in operation.tags:  # the shape itself has another form, too
+                operation(*args, **kwargs)
         return self._wrap(out, known, operation, inner)
 
     def _decode(self, args: Any) -> None:
