@@ -2,14 +2,10 @@
 
 import json
 import math
-import os
-import subprocess
-import time
 
 import pytest
 import yaml
 
-from command import PROGRAM, deltatune
 from deltatune.comparing import trial as trials
 from deltatune.comparing.experiment import TrialCell, make_experiment
 from deltatune.comparing.search import Range, Search, Trial, read_searches
@@ -132,22 +128,3 @@ def test_a_search_that_makes_no_sense_is_refused_by_name(content, says):
     with pytest.raises(UserError) as refused:
         make_experiment(content)
     assert says in str(refused.value)
-
-
-def test_two_processes_share_the_cells_of_one_folder_and_both_end_with_the_whole(tmp_path):
-    run = write_run(tmp_path, methods=["head", "lora"], tuning=2, training=TRAINING)
-    words = [PROGRAM, *map(str, run.words), "--json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    both = []
-    for _ in range(2):
-        both.append(subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, text=True))
-        time.sleep(0.2)
-    ended = [process.communicate(timeout=300) for process in both]
-    assert [process.returncode for process in both] == [0, 0], ended
-    outs = [json.loads(out) for out, _ in ended]
-    assert outs[0] == outs[1]
-    assert [record["status"] for record in outs[0]] == ["done"] * 2
-    trained = [err.count("s of training") for _, err in ended]
-    assert sum(trained) == 2, "each cell ran once"
-    assert len(list(run.folder.glob("trials/*/result.json"))) == 4
-    assert deltatune(*run.words).err.count("kept from before") == 2

@@ -1,0 +1,112 @@
+"""Several commands on one run folder. Cells are played here: each takes a moment and leaves a result."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import pytest
+
+from deltatune.comparing import sharing
+from deltatune.comparing.experiment import make_experiment
+from deltatune.comparing.locks import claimed, running
+from deltatune.comparing.results import FailedCell
+from deltatune.comparing.sharing import Single, share
+from deltatune.files import write_json
+
+CELLS = make_experiment({"methods": ["full", "head", "lora"], "seeds": [0, 1, 2]}).cells()
+
+
+class Played:
+    """Stands in for the processes of one command: notes what it ran, and leaves results."""
+
+    def __init__(self, folder, make_cell, log, fails=()):
+        self.folder, self._make, self._log, self._fails = folder, make_cell, log, fails
+
+    def run(self, cell):
+        self._log.append(cell.id)
+        time.sleep(0.03)
+        folder = self.folder / cell.place
+        if cell.id in self._fails:
+            write_json(folder / "failed.json", {"reason": "it was to fail", "hint": ""})
+        else:
+            result = self._make(cell.method.label, cell.method.method, cell.seed, examples=10)
+            write_json(folder / "result.json", result.model_dump(mode="json"))
+        yield from ()
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(sharing, "_WAIT", 0.01)
+
+
+def test_each_cell_runs_once_and_every_command_ends_with_all_of_them(tmp_path, make_cell):
+    logs, lanes = [[], []], [[Single(cell) for cell in CELLS] for _ in range(2)]
+    told = [[], []]
+
+    def command(number):
+        watch = lambda cell, news: told[number].append((cell.id, news.seed))  # noqa: E731
+        share(lanes[number], Played(tmp_path, make_cell, logs[number]), watch)
+
+    threads = [threading.Thread(target=command, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert Counter(logs[0] + logs[1]) == Counter(cell.id for cell in CELLS)
+    assert min(map(len, logs)) > 0, "both ran some"
+    for mine, heard in zip(lanes, told, strict=True):
+        assert [(lane.result.label, lane.result.seed) for lane in mine] == [(c.method.label, c.seed) for c in CELLS]
+        assert Counter(heard) == Counter((cell.id, cell.seed) for cell in CELLS)
+
+
+def test_a_failed_cell_is_tried_once_by_a_command_and_again_by_the_next(tmp_path, make_cell):
+    log, first = [], CELLS[0].id
+    share(lanes := [Single(CELLS[0])], Played(tmp_path, make_cell, log, fails=[first]), lambda *_: None)
+    assert isinstance(lanes[0].result, FailedCell)
+    time.sleep(0.02)
+    share(lanes := [Single(CELLS[0])], Played(tmp_path, make_cell, log), lambda *_: None)
+    assert log == [first, first]
+    assert lanes[0].result.label == "full"
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from deltatune.comparing.locks import claimed
+with claimed(Path(sys.argv[1])) as ours:
+    print(ours, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_command_held_is_free(tmp_path):
+    folder = tmp_path / "cells" / "one"
+    words = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, encoding="utf-8") as holder:
+        assert holder.stdout.readline() == "True\n"
+        with claimed(folder) as ours:
+            assert not ours
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+        with claimed(folder) as ours:
+            assert ours
+
+
+def test_a_cell_that_outlives_its_command_is_waited_for(tmp_path):
+    folder, order = tmp_path / "cells" / "one", []
+
+    def second():
+        with running(folder):
+            order.append("second")
+
+    with running(folder):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.1)
+        order.append("first")
+    thread.join(timeout=30)
+    assert order == ["first", "second"]
