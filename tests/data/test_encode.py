@@ -88,9 +88,9 @@ def test_prompt_and_completion_are_joined_as_they_are_and_ended():
     assert references(split(completion("Q: 1+1\nA:", " 2"))) == ["2"]
 
 
-def test_of_plain_text_every_token_is_scored():
+def test_of_plain_text_every_token_is_scored_that_stands_after_another():
     text = Dialogue((Turn("text", "Once upon", scored=True),))
-    assert masked(encoded(bytes_tokenizer(), text), bytes_tokenizer()) == "⟦Once upon</s>⟧"
+    assert masked(encoded(bytes_tokenizer(), text), bytes_tokenizer()) == "O⟦nce upon</s>⟧"
     started = bytes_tokenizer(bos="<s>", frame="<s> $A")
     assert masked(encoded(started, text), started) == "<s>⟦Once upon</s>⟧"
     assert asked(started, text) == ["<s>"]

@@ -44,10 +44,11 @@ def encode(
             truncated += 1
             parts = _shortened(example.turns, tokenizer, limit - len(start))
         ids, learnt = _started(start, parts, score == "all")
-        if all(target == UNSCORED for target in learnt[1:limit]):  # nothing comes before the first, to write it after
+        learnt = [UNSCORED, *learnt[1:limit]]  # nothing comes before the first token, to write it after
+        if all(target == UNSCORED for target in learnt):
             raise _nothing_left(example, limit)
         inputs.append(ids[:limit])
-        targets.append(learnt[:limit])
+        targets.append(learnt)
     return Sequences(tuple(inputs), tuple(targets), truncated)
 
 
