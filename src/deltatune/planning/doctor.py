@@ -285,7 +285,7 @@ def _real_step(model: BertForSequenceClassification, shape: BatchShape, precisio
     mask[0, -1] = 0
     labels: Tensor = torch.zeros(shape.examples, dtype=torch.int64)
     batch = Batch({"input_ids": ids, "attention_mask": mask}, labels, (0,), shape.tokens, shape.examples)
-    task = Classification(Base(model, None, "", ""), precision)  # type: ignore[arg-type]
+    task = Classification(Base(model, None, "", ""), precision)
 
     def step() -> None:
         task.backward(batch, shape.examples)
