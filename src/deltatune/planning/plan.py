@@ -224,7 +224,7 @@ def _file_bytes(place: Place, outline: PreTrainedModel) -> float:
     folder = Path(place.source).expanduser()
     if place.config is None and folder.is_dir():
         return float(sum(file.stat().st_size for file in folder.glob("*.safetensors")))
-    return 2.0 * sum(parameter.numel() for parameter in outline.parameters())
+    return float(2 * sum(parameter.numel() for parameter in outline.parameters()))
 
 
 def _chosen(methods: str | Method | Iterable[str | Method]) -> list[tuple[str, Method | UserError]]:
