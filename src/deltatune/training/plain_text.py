@@ -23,7 +23,6 @@ from deltatune.training.language import LanguageModelling
 from deltatune.training.modes import evaluating
 from deltatune.training.precision import Computed
 
-
 _PARAGRAPHS = 4
 """Of the text whose states are kept: some hundreds of tokens tell a mean well enough."""
 
