@@ -203,20 +203,23 @@ def _readable(error: ValidationError, source: str) -> UserError:
     first = next(
         (one for one in every if one["type"] == "extra_forbidden"), every[0]
     )  # a typo may leave others missing
-    place, name = ".".join(map(str, first["loc"])), str(first["loc"][-1])
+    where = [part for part in first["loc"] if not _ALTERNATIVE.search(str(part))]
+    place, name = ".".join(map(str, where)), str(where[-1])
     part = _PARTS.get(first["loc"][0], Experiment) if len(first["loc"]) > 1 else Experiment
     if first["type"] == "extra_forbidden":
         return UserError(
             f"{source}: there is no setting '{place}'", f"nearest: {', '.join(nearest(name, part.model_fields))}"
         )
     known = part.model_fields.get(name) or Experiment.model_fields.get(str(first["loc"][0]))
-    hint = f"{place}: {known.description}" if known else ""
+    hint = f"{place}: {' '.join((known.description or '').split())}" if known else ""
     if first["type"] == "missing":
         return UserError(f"{source}: {place} is missing", hint)
     wanted = _WANTED.get(first["type"]) or re.sub(r"^Input |, (unable|got) .*", "", first["msg"])
     return UserError(f"{source}: {place} {wanted}, not {first['input']!r}", hint)
 
 
+_ALTERNATIVE = re.compile(r"constrained-|\[")
+"""What pydantic adds to a place that may hold one thing or another: which of them it tried."""
 _PARTS: Mapping[Any, type[BaseModel]] = {
     "data": DataChoice,
     "methods": MethodChoice,
