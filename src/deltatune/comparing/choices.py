@@ -128,13 +128,17 @@ class MethodChoice(BaseModel):
         return MethodChoice.model_validate(fields)
 
 
+By = Literal["parameters", "bytes", "memory", "time"]
+
+
 class Match(BaseModel):
     """What every method is given as much of as one of them has. A plain word stands for the first method's."""
 
     model_config = STRICT
 
-    by: Literal["parameters", "bytes"]
-    """parameters: those that the method trains beside the head; bytes: what an adapter file holds of them."""
+    by: By
+    """parameters: those that the method trains beside the head; bytes: what an adapter file holds of them; memory: the
+    planned peak of its run; time: the planned seconds of its steps."""
     to: str = ""
     """The label of the method whose size the others take; left out, the first."""
 

@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
-from deltatune.comparing.choices import MethodChoice
+from deltatune.comparing.choices import By, MethodChoice
 from deltatune.comparing.experiment import Experiment
 from deltatune.data import DialogueData, TextData
 from deltatune.errors import UserError
@@ -25,7 +24,7 @@ class Matched:
     """How one method was matched, and how near it came."""
 
     label: str
-    by: Literal["parameters", "bytes"]
+    by: By
     to: str
     """The label of the reference."""
     wanted: float
@@ -45,12 +44,12 @@ class Matched:
 def match(experiment: Experiment, place: Place, data: TextData | DialogueData) -> tuple[Experiment, list[Matched]]:
     """The experiment with sizes chosen as its `match` says, and how near each came; unchanged where it has none.
 
-    Sizes are counted, not estimated. Raises `UserError` where the reference has nothing to match.
+    Parameters and bytes are counted; memory and time are planned for this machine. Raises `UserError` where the reference has nothing to match.
     """
     if experiment.match is None:
         return experiment, []
     by, to = experiment.match.by, experiment.match.to or experiment.methods[0].label
-    measure = _counter(by, place, data)
+    measure = _measure(experiment, by, place, data)
     reference = next(choice for choice in experiment.methods if choice.label == to)
     wanted = measure(reference)
     if wanted == 0:
@@ -99,7 +98,30 @@ def nearest(size_of: Callable[[int], float | None], wanted: float) -> int | None
     return min(seen, key=lambda k: (abs(seen[k] - wanted), k), default=None)
 
 
-def _counter(by: Literal["parameters", "bytes"], place: Place, data: TextData | DialogueData) -> Measure:
+def _measure(experiment: Experiment, by: By, place: Place, data: TextData | DialogueData) -> Measure:
+    return _counter(by, place, data) if by in ("parameters", "bytes") else _planner(experiment, by, data)
+
+
+def _planner(experiment: Experiment, by: By, data: TextData | DialogueData) -> Measure:
+    """What is planned for a run of the experiment on this machine."""
+    from deltatune.planning.plan import plan_run
+
+    def measure(choice: MethodChoice) -> float:
+        planned = plan_run(
+            experiment.base,
+            data,
+            choice.make(),
+            experiment.training,
+            storage=choice.storage,
+            seed=experiment.seeds[0],
+            forked=True,
+        )
+        return planned.memory.peak if by == "memory" else planned.seconds or 0.0
+
+    return measure
+
+
+def _counter(by: By, place: Place, data: TextData | DialogueData) -> Measure:
     def measure(choice: MethodChoice) -> float:
         counted = count(place, choice.make(), data.labels)
         return counted.trainable - counted.head if by == "parameters" else _ITEMSIZE * (counted.stored - counted.head)
