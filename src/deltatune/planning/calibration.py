@@ -297,7 +297,7 @@ def _real_step(model: BertForSequenceClassification, shape: BatchShape, precisio
 
 
 def checks(machine: Machine) -> list[tuple[str, str]]:
-    """What `deltatune doctor` says of this machine, line by line."""
+    """What `deltatune doctor --measure` says of this machine, line by line."""
     largest = {
         kind: max(2 * math.prod(shape) / took for shape, took in measured)
         for kind, measured in machine.products.items()

@@ -5,6 +5,7 @@ model is stopped where its output layer would begin. Of what would enter there o
 few at a time: the logits of these, their loss and its gradient exist together and are gone before the next ones come.
 """
 
+import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -144,8 +145,10 @@ class LanguageModelling:
         size = max(16, _CHUNK // (4 * self.model.config.get_text_config().vocab_size))
         return zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
 
-    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
-        inputs = {name: tensor.to(self.model.device) for name, tensor in batch.inputs.items()}
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        inputs: dict[str, Any] = {name: tensor.to(self.model.device) for name, tensor in batch.inputs.items()}
+        if "use_cache" in inspect.signature(self.model.forward).parameters:
+            inputs["use_cache"] = False  # nobody reads the keys and values that Transformers would keep of every layer
         if self._both:
             labels = batch.labels.to(self.model.device)
             inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=labels)
