@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import threading
@@ -90,8 +91,10 @@ def test_ctrl_c_ends_with_one_message_and_no_process_survives(stopped):
 
 def test_a_terminal_shows_loss_rate_and_time_left_while_a_cell_trains(stopped):
     _, interrupted, _, _ = stopped
-    for shown in ("lora, seed 0", "loss 0.", " ex/s", "val ", "/320", "0:00:0"):
+    for shown in ("Method", "Loss", "Left", "lora", "seed 0", "training", "/320"):
         assert shown in interrupted.screen
+    assert re.search(r"\d/320 +0\.\d{3} ", interrupted.screen), "a step with its loss"
+    assert re.search(r"\d of 2 runs, \S.* left", interrupted.screen)
 
 
 def test_after_ctrl_c_and_a_kill_the_same_command_goes_on(stopped, monkeypatch):

@@ -19,6 +19,7 @@ from deltatune.planning.machine import from_json, read_machine, sheets
 from deltatune.planning.plan import Plan, Refused, plan
 from deltatune.planning.rehearsal import BatchShape, rehearse
 from deltatune.training.classification import Classification
+from deltatune.training.pooled import pooled
 from deltatune.training.precision import prepare
 from tiny import tiny_config, tiny_model
 
@@ -109,8 +110,12 @@ def test_what_a_rehearsal_keeps_is_what_autograd_keeps(name: str) -> None:
     mask[0, -1] = 0
     batch = Batch({"input_ids": ids, "attention_mask": mask}, torch.zeros(8, dtype=torch.long), (0,), 256, 8)
     task = Classification(Base(model, None, "", ""), "fp32")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with (
+        pooled(model, lambda: task.run(batch)) as first,
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
         logits = task.run(batch)
+    assert first
     assert sum(kept.values()) <= planned.step.forward * 1.02
     assert sum(kept.values()) == pytest.approx(planned.step.forward, rel=0.2)
     del logits

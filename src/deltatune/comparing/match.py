@@ -44,7 +44,8 @@ class Matched:
 def match(experiment: Experiment, place: Place, data: TextData | DialogueData) -> tuple[Experiment, list[Matched]]:
     """The experiment with sizes chosen as its `match` says, and how near each came; unchanged where it has none.
 
-    Parameters and bytes are counted; memory and time are planned for this machine. Raises `UserError` where the reference has nothing to match.
+    Parameters and bytes are counted; memory and time are planned for this machine. Raises `UserError` where the
+    reference has nothing to match.
     """
     if experiment.match is None:
         return experiment, []

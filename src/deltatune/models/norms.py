@@ -72,7 +72,8 @@ class _Normed(torch.autograd.Function):
 
 
 def _parts(x: Tensor) -> int:
-    return max(1, min(len(x), _AT_ONCE // x.shape[1]))
+    """Rows that are computed together: all of them where there are no numbers to compute."""
+    return len(x) if x.is_meta else max(1, min(len(x), _AT_ONCE // x.shape[1]))
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from deltatune.methods import SoftPrompt
+from deltatune.models.attach import attachment
 from deltatune.models.blocks import stacks
 from deltatune.training.modes import evaluating
 
@@ -49,6 +51,9 @@ def first_token_alone(model: PreTrainedModel) -> RemovableHandle:
 
 def end_of_attention(model: PreTrainedModel) -> nn.Module | None:
     """The module of the last block that projects what attention gives and adds what went into it, as in BERT."""
+    attached = attachment(model)
+    if attached is not None and any(isinstance(part.method, SoftPrompt) for part in attached.parts):
+        return None  # virtual tokens stand before the first, and are taken off again
     blocks = stacks(model)
     if len(blocks) != 1 or not hasattr(model, "num_labels") or model.can_generate():
         return None

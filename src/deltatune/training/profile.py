@@ -50,7 +50,7 @@ PARTS: Mapping[str, str] = {
     "optimiser": "clipping and optimiser",
     "rest": "embeddings, activations, dropout, sums, Python",
 }
-_MARK = "deltatune:"
+_MARK = "part of the step: "
 _BACKWARD = "autograd::engine::evaluate_function"
 _ADAPTED = "adapted"
 """The mark of an adapted layer: its products with the frozen weight are the linears', the rest is the method's."""

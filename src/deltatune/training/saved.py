@@ -14,7 +14,7 @@ from deltatune.errors import UserError
 from deltatune.models.adapters import SavedAdapter, load_adapter, read_adapter
 from deltatune.models.base import Base, find_base, load
 from deltatune.models.vocabulary import add_tokens
-from deltatune.training.attention import choose_attention
+from deltatune.training.pieces import quicken
 from deltatune.training.precision import Computed, Precision, prepare, resolve
 from deltatune.training.task import Scores
 from deltatune.training.tasks import check_task, task_for
@@ -69,7 +69,7 @@ def open_adapter(folder: Path, *, base: str = "", precision: str = "") -> Ready:
     prepare(loaded.model, computed)
     virtual = getattr(saved.method, "virtual_tokens", 0)
     limit = length_limit(loaded.tokenizer, loaded.model.config, saved.about.get("max_length", 256), virtual)
-    choose_attention(loaded.model, limit)
+    quicken(loaded.model, limit)
     return Ready(saved, loaded, computed, limit)
 
 
