@@ -58,17 +58,15 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=15)
     chosen = options.parse_args()
     for name in chosen.base:
-        contestants = {piece: Contestant(name, (piece,)) for piece in PIECES}
-        whole = Contestant(name, ())
-        ratios: dict[Piece, list[float]] = {piece: [] for piece in PIECES}
-        steps = []
+        contestants = {"": Contestant(name, ()), **{piece: Contestant(name, (piece,)) for piece in PIECES}}
+        rounds: list[dict[str, float]] = []
         for number in range(chosen.rounds + 2):
-            steps.append(whole.step(number))
-            for piece, contestant in contestants.items():
-                ratios[piece].append(contestant.step(number) / steps[-1])
-        print(f"{name}, {torch.get_num_threads()} threads: a step {1000 * statistics.median(steps[2:]):.0f} ms")
-        for piece, found in ratios.items():
-            low, middle, high = statistics.quantiles(found[2:], n=4)
+            order = [*contestants][number % len(contestants) :] + [*contestants][: number % len(contestants)]
+            rounds.append({piece: contestants[piece].step(number) for piece in order})  # nobody is always the first
+        whole = statistics.median(times[""] for times in rounds[2:])
+        print(f"{name}, {torch.get_num_threads()} threads: a step {1000 * whole:.0f} ms")
+        for piece in PIECES:
+            low, middle, high = statistics.quantiles([times[piece] / times[""] for times in rounds[2:]], n=4)
             print(f"  without {piece}: {middle:.2f} ({low:.2f}–{high:.2f})")
 
 
