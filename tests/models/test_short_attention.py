@@ -101,3 +101,16 @@ def test_long_texts_keep_the_fused_kernel() -> None:
     model = tiny_model("bert")
     choose_attention(model, 512)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_what_is_left_of_a_text_is_a_number_under_autocast_too() -> None:
+    """Padding on the left sees nothing; its mask is made in fp32 where the model is, and used in bf16."""
+    model = tiny_language_model("llama").eval()
+    ids = torch.tensor([[0, 0, 0, 5, 6, 7], [8, 9, 10, 11, 12, 13]])
+    found = []
+    for name in ("eager", short_attention.NAME):
+        model.set_attn_implementation(name)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            found.append(model(input_ids=ids, attention_mask=(ids != 0).long()).logits[:, 3:].float())
+    assert torch.isfinite(found[1]).all()
+    torch.testing.assert_close(found[1], found[0], atol=0.02, rtol=0.02)

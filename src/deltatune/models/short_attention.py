@@ -88,7 +88,9 @@ def _together(
     texts, heads, queries, size = query.shape
     groups, tokens = key.shape[1], key.shape[2]
     if bias is not None:  # by group, or the same for all
-        bias = torch.unflatten(bias.to(query.dtype), 1, (groups if bias.shape[1] == heads > 1 else 1, -1))
+        # The least number of fp32 would be minus infinity in 16 bits, and padding that sees nothing no number at all.
+        bias = bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
+        bias = torch.unflatten(bias, 1, (groups if bias.shape[1] == heads > 1 else 1, -1))
     shape = (texts, groups, heads // groups, queries, tokens)
     keeps = kept(shape, dropout, query.device) if dropout > 0 else None
     side_by_side = query.reshape(texts, groups, heads // groups * queries, size)
