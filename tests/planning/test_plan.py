@@ -10,6 +10,7 @@ import torch
 import deltatune
 from deltatune import METHODS, Training, UserError, make
 from deltatune.data.batches import Batch
+from deltatune.dropout import replace_dropout
 from deltatune.models.attach import attach, trainable_parameters
 from deltatune.models.base import Base, Place, outline, tasks
 from deltatune.models.count import count_on
@@ -91,6 +92,7 @@ def test_what_a_rehearsal_keeps_is_what_autograd_keeps(name: str) -> None:
     method, shape = make(name, FITTING.get(name, {})), BatchShape(8, 32)
     model = attach(tiny_model("bert", labels=2), method)
     prepare(model, "fp32")
+    replace_dropout(model)
     model.train()
     counted = count_on(outline(tiny_base("bert"), labels=("no", "yes")), method)
     planned = rehearse(

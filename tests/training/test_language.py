@@ -99,12 +99,12 @@ def test_all_logits_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     of, examples = task("llama"), sequences("llama")
     made: list[int] = []
     of.model.get_output_embeddings().register_forward_hook(lambda _, __, output: made.append(output.shape[:-1].numel()))
-    batch = of.collate(examples, range(6))
+    batch = of.collate(examples, 4 * [*range(6)])
     of.backward(batch, batch.units)
     of.evaluate(examples)
     made = made[2:]  # the one example that is tried out
-    assert sum(made) == 2 * batch.units
-    assert max(made) == 16
+    assert batch.units == 84
+    assert made == [32] * 3 + [32]  # whole rows of 32: 84 scored tokens, and 21 that are evaluated
 
 
 def test_without_anything_to_train_a_run_scores_the_model_as_it_is() -> None:

@@ -10,7 +10,7 @@ from deltatune.data.sequences import UNSCORED, Sequences
 from deltatune.models import short_attention
 from deltatune.training.checkpointing import checkpointing
 from deltatune.training.language import LanguageModelling
-from deltatune.training.packing import packed
+from deltatune.training.packing import beginnings, packed
 from tiny import DECODERS, VOCABULARY, tiny_language_model, tokenizer
 
 LENGTHS = (3, 5, 5, 9, 12)
@@ -84,7 +84,9 @@ def test_nothing_of_a_text_reaches_its_neighbours(name: str) -> None:
     other = ids.clone()
     other[2] = (ids[2] + 7) % VOCABULARY
     with torch.no_grad():
-        before, after = (of.hidden(packed(of.model, one, mask))[0].split(LENGTHS) for one in (ids, other))
+        slots = beginnings(mask).diff(append=torch.tensor([3 * 8 + 2 * 12])).tolist()
+        assert slots == [8, 8, 8, 12, 12]
+        before, after = (of.hidden(packed(of.model, one, mask))[0].split(slots) for one in (ids, other))
     for place, (ours, theirs) in enumerate(zip(before, after, strict=True)):
         assert torch.equal(ours, theirs) == (place != 2)
 

@@ -20,7 +20,7 @@ from deltatune.training.prefix import Prefix
 from deltatune.training.tasks import task_for
 from tiny import VOCABULARY, tiny_inputs, tiny_model, tokenizer
 
-BATCHES, EPOCHS = 4, 2
+BATCHES, EPOCHS = 5, 2
 
 
 def tokens() -> Tokens:

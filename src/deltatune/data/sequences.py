@@ -1,6 +1,7 @@
 """Dialogues as token ids: what the model reads, and which of it is scored."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 UNSCORED = -100
 """Stands in the targets where nothing is to be learnt."""
@@ -21,7 +22,12 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each example that the model computes with."""
         return [max(len(read), len(said)) for read, said in zip(self.inputs, self.targets, strict=True)]
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(self.lengths, default=0)

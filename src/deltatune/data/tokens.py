@@ -1,6 +1,7 @@
 """From text to token ids: each example once, unpadded, before training starts."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -22,10 +23,15 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
+    @cached_property
     def lengths(self) -> list[int]:
         """Tokens of each example."""
         return [len(fields["input_ids"]) for fields in self.fields]
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return max(self.lengths, default=0)
 
 
 def tokenize(split: Split, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Tokens:

@@ -16,9 +16,13 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from deltatune.dropout import kept
+from deltatune.dropout import dropped, kept
 
 NAME = "deltatune_short"
+_LANES = 32
+"""Numbers of bf16 in a register of a CPU."""
+_AT_ONCE = 2**16
+"""Scores that go through fp32 together: they stay in the cache."""
 
 
 def attend(
@@ -123,10 +127,11 @@ class _Attend(torch.autograd.Function):
         dropout: float,
         queries: int,
     ) -> Float[Tensor, "texts groups rows size"]:
+        query, key, value = (x.contiguous() for x in (query, key, value))  # once, for the backward pass too
         scores = torch.unflatten((query @ key.transpose(2, 3)).mul_(scaling), 2, (-1, queries))
         if bias is not None:
             scores.add_(bias)
-        weights = scores.softmax(-1)
+        weights = _softmax_(scores)
         ctx.save_for_backward(query, key, value, weights, keeps)
         ctx.scaling, ctx.dropout = scaling, dropout
         ctx.bias = None if bias is None else bias.shape
@@ -137,7 +142,7 @@ class _Attend(torch.autograd.Function):
         query, key, value, weights, keeps = ctx.saved_tensors
         to_value = _dropped(weights, keeps, ctx.dropout).flatten(2, 3).transpose(2, 3) @ gradient
         to_weights = (gradient @ value.transpose(2, 3)).view_as(weights)
-        to_scores = torch._softmax_backward_data(_dropped(to_weights, keeps, ctx.dropout), weights, -1, weights.dtype)
+        to_scores = _softmax_backward_(_dropped(to_weights, keeps, ctx.dropout), weights)
         to_bias = to_scores.sum_to_size(ctx.bias) if ctx.needs_input_grad[3] else None
         products = to_scores.flatten(2, 3)
         to_query = (products @ key).mul_(ctx.scaling) if ctx.needs_input_grad[0] else None
@@ -146,7 +151,36 @@ class _Attend(torch.autograd.Function):
 
 
 def _dropped(x: Tensor, keeps: Tensor | None, dropout: float) -> Tensor:
-    return x if keeps is None else x * keeps.to(x.dtype).mul_(1 / (1 - dropout))
+    return x if keeps is None else dropped(x, keeps, dropout)
+
+
+def _softmax_(scores: Float[Tensor, "*shape tokens"]) -> Float[Tensor, "*shape tokens"]:
+    """The weights of scores, in their place."""
+    if not _some_rows_at_a_time(scores):
+        return scores.softmax(-1)
+    for rows in _parts(scores):
+        rows.copy_(rows.float().softmax(-1))
+    return scores
+
+
+def _softmax_backward_(
+    gradient: Float[Tensor, "*shape tokens"], weights: Float[Tensor, "*shape tokens"]
+) -> Float[Tensor, "*shape tokens"]:
+    """The gradient of the scores, given that of the weights, in its place."""
+    if not _some_rows_at_a_time(weights):
+        return torch._softmax_backward_data(gradient, weights, -1, weights.dtype)
+    for rows, outputs in zip(_parts(gradient), _parts(weights), strict=True):
+        rows.copy_(torch._softmax_backward_data(rows.float(), outputs.float(), -1, torch.float32))
+    return gradient
+
+
+def _parts(x: Float[Tensor, "*shape tokens"]) -> tuple[Float[Tensor, "rows tokens"], ...]:
+    return torch.split(x.flatten(0, -2), max(1, _AT_ONCE // x.shape[-1]))
+
+
+def _some_rows_at_a_time(x: Float[Tensor, "*shape tokens"]) -> bool:
+    """Whether x goes through fp32: softmax in bf16 is several times as slow where rows do not fill registers."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[-1] % _LANES != 0
 
 
 AttentionInterface.register(NAME, attend)

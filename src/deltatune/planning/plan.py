@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from deltatune.data import DialogueData, TextData
-from deltatune.data.batches import by_length, epoch
+from deltatune.data.batches import by_length, epoch, padded_length
 from deltatune.data.sequences import UNSCORED
 from deltatune.data.tokens import length_limit
 from deltatune.errors import UserError
@@ -194,11 +194,13 @@ def plan_run(
 def _shape(examples: Any, places: Sequence[int], outline: PreTrainedModel) -> BatchShape:
     """The shape of a batch of encoded examples; those of a language model have targets."""
     if not outline.can_generate():
-        return BatchShape(len(places), max(examples.lengths[place] for place in places))
+        return BatchShape(
+            len(places), padded_length(max(examples.lengths[place] for place in places), examples.longest)
+        )
     inputs, targets = ([column[place] for place in places] for column in (examples.inputs, examples.targets))
     scored = sum(target != UNSCORED for row in targets for target in row)
-    target = max(map(len, targets)) if outline.config.is_encoder_decoder else 0
-    return BatchShape(len(places), max(map(len, inputs)), scored, target)
+    width, wide = (padded_length(max(map(len, rows)), examples.longest) for rows in (inputs, targets))
+    return BatchShape(len(places), width, scored, wide if outline.config.is_encoder_decoder else 0)
 
 
 def _shared(

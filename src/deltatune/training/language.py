@@ -21,9 +21,10 @@ from deltatune.data.encode import encode, references
 from deltatune.data.sequences import UNSCORED, Sequences
 from deltatune.models.base import Base
 from deltatune.scoring import score_texts
+from deltatune.training.cross_entropy import cross_entropy_
 from deltatune.training.generation import Decoding, generate, prompts_before_answers
 from deltatune.training.modes import SCORED_TOKENS, evaluating
-from deltatune.training.packing import can_pack, packed
+from deltatune.training.packing import beginnings, can_pack, packed
 from deltatune.training.precision import Computed, autocast
 from deltatune.training.task import Scores
 
@@ -69,9 +70,10 @@ class LanguageModelling:
         total, gradients = 0.0, []
         for rows, wanted in self._chunks(hidden, targets):
             leaf = rows.detach().requires_grad_(hidden.requires_grad)
-            loss = F.cross_entropy(self._logits(leaf).float(), wanted, reduction="sum") / units
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.item()
+            logits = self._part_logits(leaf)
+            gradient = logits.detach()
+            total += cross_entropy_(gradient, wanted, units)
+            logits.backward(gradient)  # type: ignore[no-untyped-call]
             gradients.append(leaf.grad)
         if hidden.requires_grad:
             hidden.backward(torch.cat([gradient for gradient in gradients if gradient is not None]))  # type: ignore[no-untyped-call]
@@ -85,7 +87,7 @@ class LanguageModelling:
             for places in by_length(examples.lengths, SCORED_TOKENS):
                 hidden, targets, rows = self._scored(self.collate(examples, places))
                 each = [
-                    F.cross_entropy(self._logits(part).float(), wanted, reduction="none")
+                    F.cross_entropy(self._part_logits(part).float(), wanted, reduction="none")
                     for part, wanted in self._chunks(hidden, targets)
                 ]
                 owners = torch.tensor(places)[rows.cpu()]
@@ -125,7 +127,7 @@ class LanguageModelling:
         rows, places = (labels[:, ahead:] != UNSCORED).nonzero(as_tuple=True)
         if self._packed:
             ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
-            begins = (mask.sum(1).cumsum(0) - mask.sum(1)).to(self.model.device)
+            begins = beginnings(mask).to(self.model.device)
             entering = self.hidden(packed(self.model, ids, mask))[0, begins[rows] + places]
         else:
             hidden = self.hidden(self._inputs(batch)) if self._chunked else self.run(batch)
@@ -139,10 +141,14 @@ class LanguageModelling:
             logits: Tensor = self.model.get_output_embeddings()(hidden)
         return logits
 
+    def _part_logits(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocabulary"]:
+        """The logits of some rows, computed with rows of zeros to make a multiple of 32: see `data.batches`."""
+        return self._logits(F.pad(hidden, (0, 0, 0, -len(hidden) % 32)))[: len(hidden)] if self._chunked else hidden
+
     def _chunks(
         self, hidden: Float[Tensor, "scored width"], targets: Int[Tensor, " scored"]
     ) -> Iterator[tuple[Float[Tensor, "rows width"], Int[Tensor, " rows"]]]:
-        size = max(16, _CHUNK // (4 * self.model.config.get_text_config().vocab_size))
+        size = max(32, _CHUNK // (4 * self.model.config.get_text_config().vocab_size) // 32 * 32)
         return zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:

@@ -26,21 +26,35 @@ _FLASH = ("flash_attention_2", "flash_attention_3")
 def packed(
     model: PreTrainedModel, ids: Int[Tensor, "texts length"], mask: Int[Tensor, "texts length"]
 ) -> dict[str, Any]:
-    """What a decoder is called with for texts padded on the right, without their padding; its outputs have one row."""
+    """What a decoder is called with for texts padded on the right; its outputs have one row.
+
+    Of its padding a text keeps what makes its length a multiple of 8: see `data.batches`.
+    """
     ids, mask = ids.to(model.device), mask.to(model.device)
-    real = mask.bool()
-    lengths = mask.sum(1)
+    lengths = _kept_lengths(mask)
+    places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    kept = places < lengths[:, None]
     bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
     longest = int(lengths.max())
     inputs = {
-        "input_ids": ids[real][None],
-        "position_ids": torch.arange(ids.shape[1], device=ids.device).expand_as(ids)[real][None],
+        "input_ids": ids[kept][None],
+        "position_ids": places[kept][None],
         "use_cache": False,  # with a cache texts in one row would see each other
         **{"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest},
     }
     if _own(model):  # Transformers hands on a mask of this form, and makes none of tokens × tokens, which nobody reads
         inputs["attention_mask"] = torch.zeros(1, 1, 1, 1, device=ids.device)
     return inputs
+
+
+def beginnings(mask: Int[Tensor, "texts length"]) -> Int[Tensor, " texts"]:
+    """Where in the row of `packed` each text begins."""
+    lengths = _kept_lengths(mask)
+    return lengths.cumsum(0) - lengths
+
+
+def _kept_lengths(mask: Int[Tensor, "texts length"]) -> Int[Tensor, " texts"]:
+    return mask.sum(1).add_(7).div_(8, rounding_mode="floor").mul_(8).clamp_(max=mask.shape[1])
 
 
 def can_pack(model: PreTrainedModel, hidden: Callable[[Mapping[str, Any]], Float[Tensor, "rows length width"]]) -> bool:
@@ -53,13 +67,14 @@ def can_pack(model: PreTrainedModel, hidden: Callable[[Mapping[str, Any]], Float
         return False
     if attached is not None and any(isinstance(part.method, SoftPrompt) for part in attached.parts):
         return False
-    lengths = torch.tensor([7, 5, 5, 3], device=model.device)
-    ids = torch.arange(28, device=model.device).view(4, 7) % model.config.get_text_config().vocab_size
-    mask = (torch.arange(7, device=model.device) < lengths[:, None]).long()
+    lengths = torch.tensor([11, 8, 7, 3], device=model.device)
+    ids = torch.arange(44, device=model.device).view(4, 11) % model.config.get_text_config().vocab_size
+    mask = (torch.arange(11, device=model.device) < lengths[:, None]).long()
+    rows, places = mask.nonzero(as_tuple=True)
     with evaluating(model):
-        padded = hidden({"input_ids": ids, "attention_mask": mask})[mask.bool()].float()
+        padded = hidden({"input_ids": ids, "attention_mask": mask})[rows, places].float()
         try:
-            alone = hidden(packed(model, ids, mask))[0].float()
+            alone = hidden(packed(model, ids, mask))[0, beginnings(mask)[rows] + places].float()
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             log.debug("texts are not packed: %s", error)
             return False

@@ -60,12 +60,17 @@ def plain_text_states(base: Base, precision: Computed) -> Float[Tensor, "tokens 
     handle = base.model.base_model.register_forward_hook(keep)
     try:
         with evaluating(base.model):
-            for place in range(len(tokens)):
-                task.run(task.collate(tokens, [place]))
+            batches = [task.collate(tokens, [place]) for place in range(len(tokens))]
+            for batch in batches:
+                task.run(batch)
     finally:
         handle.remove()
-    # One text at a time needs no padding; virtual tokens, where they are still there, stand in front.
-    return torch.cat([states[0, -count:].float().cpu() for states, count in zip(found, tokens.lengths, strict=True)])
+    # Virtual tokens, where they are still there, stand in front; what was added to fill a row stands behind.
+    texts_alone = [
+        states[0, -batch.inputs["input_ids"].shape[1] :][: batch.tokens].float().cpu()
+        for states, batch in zip(found, batches, strict=True)
+    ]
+    return torch.cat(texts_alone)
 
 
 def drift(before: Float[Tensor, "tokens width"], after: Float[Tensor, "tokens width"]) -> float:
