@@ -175,7 +175,7 @@ def test_events_tell_the_run_and_survive_a_cut_off_line(folder: Path, tmp_path: 
 def test_the_kept_weights_are_the_ones_that_were_scored(folder: Path, keep: str) -> None:
     validations: list[Evaluated] = []
     listen = lambda event: validations.append(event) if isinstance(event, Evaluated) else None  # noqa: E731
-    tuned = run(folder, epochs=4, evaluations=2, learning_rate=0.05, keep=keep, listen=listen)
+    tuned = run(folder, epochs=2, evaluations=3, learning_rate=0.05, keep=keep, listen=listen)
     kept = next(event for event in validations if event.step == tuned.finished.best_step)
     expected = max(validations, key=lambda e: (e.figures["accuracy"], -e.loss)) if keep == "best" else validations[-1]
     assert kept.figures == expected.figures == tuned.validation.figures
