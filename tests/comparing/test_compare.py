@@ -1,6 +1,7 @@
 """`deltatune compare` from end to end, on a tiny base, with every cell in a process of its own where that matters."""
 
 import csv
+import html
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from command import Outcome, deltatune, write_reviews
+from deltatune.comparing import table
 from deltatune.comparing.results import CellResult
 from deltatune.training.events import Finished, Planned, Started, Step, read_events
 from runs import Run, cell_processes, in_this_process, until, without_report, write_run
@@ -106,6 +108,20 @@ def test_every_run_records_its_plan_beside_what_it_took(story: Story) -> None:
         assert [plan.seconds for plan in plans] == [result["planned_seconds"]]
         assert 0 < result["training_peak_bytes"] <= result["peak_bytes"]
     assert cells
+
+
+def test_the_report_puts_what_was_planned_of_a_run_beside_what_it_took(story: Story) -> None:
+    result = json.loads((story.run.cell("lora-rank-4") / "result.json").read_text())
+    for what, tell, measured, planned in (
+        ("time", table.seconds, result["train_seconds"], result["planned_seconds"]),
+        ("memory", table.size, result["training_peak_bytes"], result["planned_peak_bytes"]),
+    ):
+        share = f"{planned / measured - 1:+.0%}".replace("-", "−")
+        said = f"lora (rank=4): {tell(measured)}, planned {tell(planned)} ({share})"
+        assert said in html.unescape(story.report)
+        assert f"Planned and measured {what}" in story.report
+        assert tell(planned) in (story.run.folder / "plots" / f"planned-{what}.svg").read_text()
+    assert 0.5 < result["planned_peak_bytes"] / result["training_peak_bytes"] < 2
 
 
 def test_every_method_takes_the_same_steps_over_the_same_examples(story):
