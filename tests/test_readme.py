@@ -10,8 +10,8 @@ import yaml
 from command import Outcome, deltatune
 from deltatune import METHODS, UserError, make, make_experiment, read_experiment
 from deltatune.methods import parse
-from deltatune.models.base import find_base
-from deltatune.models.count import count
+from deltatune.models.base import find_base, outline
+from deltatune.models.count import count, count_on
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -87,6 +87,25 @@ def test_an_experiment_for_a_claim_says_what_is_claimed_and_what_is_tested(file:
     assert lines[0].startswith("# Claimed: ")
     assert any(line.startswith("# Tested here") for line in lines)
     assert read_experiment(file, {}).base in ("minilm", "smollm2"), "it runs without a hub"
+
+
+@pytest.mark.parametrize("file", CLAIMS, ids=lambda file: file.name)
+def test_an_experiment_for_a_claim_plans_its_cells_at_once(file: Path) -> None:
+    """Dry: every method fits the base, and every method and seed is a cell of its own."""
+    experiment = read_experiment(file, {})
+    labels = ("no", "yes") if experiment.base == "minilm" else ()
+    place = find_base(experiment.base)
+    for choice in experiment.methods:
+        counted = count_on(outline(place, labels=labels, storage=choice.storage), choice.make())
+        assert counted.trainable > 0 or choice.method == "none"
+    cells = experiment.cells(place.id, place.revision)
+    assert len({cell.id for cell in cells}) == len(cells)
+    assert {(cell.method.label, cell.seed, cell.data.train) for cell in cells} == {
+        (choice.label, seed, size)
+        for choice in experiment.methods
+        for seed in experiment.seeds
+        for size in experiment.data.sizes
+    }
 
 
 def test_there_is_an_experiment_for_every_claim_that_is_one() -> None:
