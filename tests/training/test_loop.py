@@ -197,6 +197,10 @@ def test_a_run_that_diverges_stops_and_names_the_first_bad_tensor(folder: Path) 
     with pytest.raises(UserError, match=r"stopped at step \d+: the loss is .*first bad gradient is that of ") as caught:
         run(folder, Full(), learning_rate=1e30, clip=0, epochs=2)
     assert "learning rate" in caught.value.hint
+    heard: list[Event] = []
+    with pytest.raises(UserError, match="stopped at step 1: the loss on validation is nan"):  # no second step to tell
+        run(folder, Full(), learning_rate=1e30, clip=0, epochs=1, batch_tokens=100_000, listen=heard.append)
+    assert [type(event) for event in heard] == [Started, Step]
 
 
 def test_the_rate_rises_and_falls_as_stated() -> None:
