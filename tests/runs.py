@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from command import Outcome, deltatune, write_reviews
+from deltatune.comparing import compare
 from deltatune.comparing.experiment import Cell
 from deltatune.comparing.processes import CellProcesses
 from deltatune.comparing.worker import attempt
@@ -41,8 +42,11 @@ class Run:
 
 
 @contextmanager
-def in_this_process() -> Iterator[list[str]]:
-    """Cells and trials run in this process, whose imports are done; gives the list of those that did."""
+def in_this_process(*, report: bool = False) -> Iterator[list[str]]:
+    """Cells and trials run in this process, whose imports are done; gives the list of those that did.
+
+    Only with `report` is the report drawn as well.
+    """
 
     def run(processes: CellProcesses, cell: Cell) -> list[Event]:
         folder, events = processes.folder / cell.place, []
@@ -52,9 +56,17 @@ def in_this_process() -> Iterator[list[str]]:
         return events
 
     ran: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, nullcontext() if report else without_report():
         patch.setattr(CellProcesses, "run", run)
         yield ran
+
+
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Comparisons write their tables alone: drawing the report takes longer than a tiny cell."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare, "write_report", lambda folder, *_: folder / "report.html")
+        yield
 
 
 def write_run(place: Path, **content: Any) -> Run:

@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,8 +10,8 @@ import yaml
 from command import Outcome, deltatune
 from deltatune import METHODS, UserError, make, make_experiment, read_experiment
 from deltatune.methods import parse
-from deltatune.models.base import find_base
-from deltatune.models.count import count
+from deltatune.models.base import find_base, outline
+from deltatune.models.count import count, count_on
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -45,11 +43,13 @@ def test_the_commands_that_train_score_and_use_run_as_they_stand(
     assert '"label": "fresh"' in said or '"label": "rotten"' in said
 
 
-def test_the_code_runs_as_it_stands(tmp_path: Path) -> None:
+def test_the_code_runs_as_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     code = "\n".join(blocks("python"))  # each goes on from the one before
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert re.match(r"validation accuracy 0\.\d{3}", done.stdout)
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    assert re.match(r"validation accuracy 0\.\d{3}", capsys.readouterr().out)
 
 
 def test_the_table_of_methods_has_them_all_with_their_counts() -> None:
@@ -87,6 +87,25 @@ def test_an_experiment_for_a_claim_says_what_is_claimed_and_what_is_tested(file:
     assert lines[0].startswith("# Claimed: ")
     assert any(line.startswith("# Tested here") for line in lines)
     assert read_experiment(file, {}).base in ("minilm", "smollm2"), "it runs without a hub"
+
+
+@pytest.mark.parametrize("file", CLAIMS, ids=lambda file: file.name)
+def test_an_experiment_for_a_claim_plans_its_cells_at_once(file: Path) -> None:
+    """Dry: every method fits the base, and every method and seed is a cell of its own."""
+    experiment = read_experiment(file, {})
+    labels = ("no", "yes") if experiment.base == "minilm" else ()
+    place = find_base(experiment.base)
+    for choice in experiment.methods:
+        counted = count_on(outline(place, labels=labels, storage=choice.storage), choice.make())
+        assert counted.trainable > 0 or choice.method == "none"
+    cells = experiment.cells(place.id, place.revision)
+    assert len({cell.id for cell in cells}) == len(cells)
+    assert {(cell.method.label, cell.seed, cell.data.train) for cell in cells} == {
+        (choice.label, seed, size)
+        for choice in experiment.methods
+        for seed in experiment.seeds
+        for size in experiment.data.sizes
+    }
 
 
 def test_there_is_an_experiment_for_every_claim_that_is_one() -> None:

@@ -1,6 +1,7 @@
 """`deltatune compare` from end to end, on a tiny base, with every cell in a process of its own where that matters."""
 
 import csv
+import html
 import json
 import os
 import signal
@@ -11,9 +12,10 @@ import pytest
 import yaml
 
 from command import Outcome, deltatune, write_reviews
+from deltatune.comparing import table
 from deltatune.comparing.results import CellResult
 from deltatune.training.events import Finished, Planned, Started, Step, read_events
-from runs import Run, cell_processes, in_this_process, until, write_run
+from runs import Run, cell_processes, in_this_process, until, without_report, write_run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,7 +49,10 @@ def story(tmp_path_factory):
     first = run.start()
     killer.join()
     report, table = (run.folder / "report.html").read_text(), (run.folder / "results.csv").read_text()
-    return Story(run, first, report, table, run.times("lora-rank-4"), run.start())
+    kept = run.times("lora-rank-4")
+    with without_report():
+        second = run.start()
+    return Story(run, first, report, table, kept, second)
 
 
 def test_a_failed_cell_is_shown_with_its_reason_and_the_others_go_on(story):
@@ -105,6 +110,20 @@ def test_every_run_records_its_plan_beside_what_it_took(story: Story) -> None:
     assert cells
 
 
+def test_the_report_puts_what_was_planned_of_a_run_beside_what_it_took(story: Story) -> None:
+    result = json.loads((story.run.cell("lora-rank-4") / "result.json").read_text())
+    for what, tell, measured, planned in (
+        ("time", table.seconds, result["train_seconds"], result["planned_seconds"]),
+        ("memory", table.size, result["training_peak_bytes"], result["planned_peak_bytes"]),
+    ):
+        share = f"{planned / measured - 1:+.0%}".replace("-", "−")
+        said = f"lora (rank=4): {tell(measured)}, planned {tell(planned)} ({share})"
+        assert said in html.unescape(story.report)
+        assert f"Planned and measured {what}" in story.report
+        assert tell(planned) in (story.run.folder / "plots" / f"planned-{what}.svg").read_text()
+    assert 0.5 < result["planned_peak_bytes"] / result["training_peak_bytes"] < 2
+
+
 def test_every_method_takes_the_same_steps_over_the_same_examples(story):
     runs = [list(read_events(cell / "events.jsonl")) for cell in (story.run.folder / "cells").iterdir()]
     started = [event for run in runs for event in run if isinstance(event, Started)]
@@ -158,7 +177,8 @@ def test_what_a_cell_saved_scores_as_its_result_says(story):
 
 def test_the_runs_own_experiment_yaml_starts_the_same_cells(story):
     before = story.run.times("full") | story.run.times("lora-rank-4")
-    own = deltatune("compare", story.run.folder / "experiment.yaml", "--out", story.run.folder, "--json")
+    with without_report():
+        own = deltatune("compare", story.run.folder / "experiment.yaml", "--out", story.run.folder, "--json")
     assert [(record["label"], record["status"]) for record in json.loads(own.out)] == [
         ("full", "done"),
         ("lora (rank=4)", "done"),
@@ -173,9 +193,10 @@ def without_processes():
         yield
 
 
-def test_a_cell_that_diverges_says_where(tmp_path, without_processes):
+def test_a_cell_that_diverges_says_where(tmp_path):
     run = write_run(tmp_path, methods=["lora:learning_rate=1e30"], training={"batch_tokens": 128})
-    done = run.start("--json")
+    with in_this_process(report=True):
+        done = run.start("--json")
     [record] = json.loads(done.out)
     assert record["status"] == "failed"
     assert record["reason"].startswith("training stopped at step 2: the loss is nan")
@@ -185,7 +206,7 @@ def test_a_cell_that_diverges_says_where(tmp_path, without_processes):
 
 
 def test_changed_data_are_new_cells_and_the_old_ones_stay(tmp_path, without_processes):
-    run = write_run(tmp_path, methods=["head"])
+    run = write_run(tmp_path, methods=["head"], training={"epochs": 1})
     [first] = json.loads(run.start("--json").out)
     write_reviews(tmp_path / "reviews.csv", count=120)
     [second] = json.loads(run.start("--json").out)
@@ -207,7 +228,7 @@ def test_flags_and_a_file_that_say_the_same_make_the_same_cells(tmp_path, withou
 
 
 def test_a_damaged_result_is_run_again(tmp_path, without_processes):
-    run = write_run(tmp_path, methods=["head"])
+    run = write_run(tmp_path, methods=["head"], training={"epochs": 1})
     first = run.start("--json")
     result = run.cell("head") / "result.json"
     result.write_text(result.read_text()[:100])

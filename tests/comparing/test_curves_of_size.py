@@ -26,6 +26,14 @@ def test_every_method_runs_with_every_size_and_the_tables_are_of_the_largest(tmp
     assert set(small) < set(large)
 
 
+def test_two_sizes_that_are_all_of_the_data_are_refused_before_anything_runs(tmp_path):
+    run = write_run(tmp_path, methods=["head"])
+    experiment = deltatune.read_experiment(tmp_path / "experiment.yaml", {"data": {"train": [16, 64, 900]}})
+    with pytest.raises(UserError, match="900 and 64 are the same: there are 64 training examples"):
+        deltatune.compare(experiment, run.folder)
+    assert not run.folder.exists()
+
+
 def test_sizes_are_sorted_and_refused_where_they_are_none():
     experiment = make_experiment({"data": {"name": "rotten-tomatoes", "train": [800, 200, 800]}})
     assert [cell.data.train for cell in experiment.cells()][::3] == [800, 200]

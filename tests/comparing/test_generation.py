@@ -47,13 +47,13 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> Story:
         "data": str(place),
         "methods": [
             "none",
-            {"method": "lora", "label": "lora", "learning_rate": 1e-2},
+            {"method": "lora", "label": "lora", "learning_rate": 3e-2},
         ],
-        "training": {"epochs": 30, "batch_tokens": 64, "evaluations": 1},
+        "training": {"epochs": 12, "batch_tokens": 64, "evaluations": 1},
         "decoding": {"max_new_tokens": 4},
     }
     (place / "experiment.yaml").write_text(yaml.safe_dump(experiment))
-    with in_this_process():
+    with in_this_process(report=True):
         done = deltatune("compare", place / "experiment.yaml", "--out", place / "run")
     return Story(place / "run", done)
 
@@ -106,7 +106,7 @@ def test_new_tokens_of_an_experiment_are_single_and_stay_with_the_adapter(tmp_pa
         "data": {"name": str(tmp_path / "data.jsonl"), "task": "generation"},
         "methods": ["lora:rank=4,learning_rate=3e-2"],
         "new_tokens": ["<call>"],
-        "training": {"epochs": 30, "batch_tokens": 32, "evaluations": 1},
+        "training": {"epochs": 20, "batch_tokens": 32, "evaluations": 1},
         "decoding": {"max_new_tokens": 3},
     }
     [cell] = make_experiment(content).cells()

@@ -7,6 +7,7 @@ from deltatune.comparing.match import match, nearest
 from deltatune.data import load_data
 from deltatune.errors import UserError
 from deltatune.models.base import find_base
+from deltatune.planning.foresight import foresee
 from runs import write_run
 
 
@@ -53,6 +54,26 @@ def test_every_method_with_a_size_comes_as_near_as_it_can(place, by):
     assert all(one.to == "lora (rank=4)" and one.by == by for one in found)
     assert [choice.options.get("rank") for choice in matched.methods][:2] == [4, 2]
     assert matched.match is None
+
+
+@pytest.mark.parametrize(("by", "method"), [("memory", "loha"), ("time", "dora")])
+def test_what_is_planned_of_a_run_is_matched_as_near_as_the_plans_of_its_cells_allow(place, by, method):
+    content = {"methods": ["lora:rank=4", method], "match": by, "base": str(place / "base"), "seeds": [1, 0]}
+    experiment = make_experiment({**content, "training": {"batch_tokens": 256}})
+    base, data = find_base(experiment.base), load_data(str(place / "reviews.csv")).limited(24, 8, 8, seed=0)
+
+    def planned(choice):
+        found = foresee(base, data, choice.make(), experiment.training, seed=1, forked=True).plan
+        return found.memory.peak if by == "memory" else found.seconds
+
+    matched, [reference, found] = match(experiment, base, data)
+    wanted, reached = map(planned, matched.methods)
+    assert (found.wanted, found.reached, found.setting) == (wanted, reached, "rank")
+    assert reference.ratio == 1
+    near = [planned(matched.methods[1].resized("rank", k)) for k in (found.value - 1, found.value + 1) if k]
+    assert all(abs(reached - wanted) <= abs(other - wanted) for other in near)
+    assert reached != planned(experiment.methods[1]), "it was resized"
+    assert len({reached, *near}) > 1, "the rank matters to it"
 
 
 def test_a_reference_that_is_not_there_or_has_nothing_is_refused(place):

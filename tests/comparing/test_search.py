@@ -15,7 +15,7 @@ from deltatune.errors import UserError
 from deltatune.training.classification import Classification
 from runs import in_this_process, write_run
 
-TRAINING = {"epochs": 1, "batch_tokens": 256}
+TRAINING = {"epochs": 1, "batch_tokens": 256, "evaluations": 1}
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
-"""Several commands on one run folder. Cells are played here: each takes a moment and leaves a result."""
+"""Several commands on one run folder. But in one test, cells are played: each takes a moment and leaves a result."""
 
+import json
 import os
 import signal
 import subprocess
@@ -10,12 +11,14 @@ from collections import Counter
 
 import pytest
 
+from command import PROGRAM
 from deltatune.comparing import sharing
 from deltatune.comparing.experiment import make_experiment
 from deltatune.comparing.locks import claimed, running
 from deltatune.comparing.results import FailedCell
 from deltatune.comparing.sharing import Single, share
 from deltatune.files import write_json
+from runs import write_run
 
 CELLS = make_experiment({"methods": ["full", "head", "lora"], "seeds": [0, 1, 2]}).cells()
 
@@ -110,3 +113,29 @@ def test_a_cell_that_outlives_its_command_is_waited_for(tmp_path):
         order.append("first")
     thread.join(timeout=30)
     assert order == ["first", "second"]
+
+
+def test_two_real_commands_on_one_folder_train_each_cell_once_and_end_with_one_report(tmp_path):
+    run = write_run(tmp_path, methods=["head", "bitfit"], seeds=[0, 1], training={"epochs": 1, "batch_tokens": 256})
+    words = [PROGRAM, *map(str, run.words), "--json"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "encoding": "utf-8"}
+    with subprocess.Popen(words, **pipes) as one, subprocess.Popen(words, **pipes) as other:
+        (out, said), (same, told) = (command.communicate(timeout=400) for command in (one, other))
+    assert (one.returncode, other.returncode) == (0, 0), said + told
+    records = json.loads(out)
+    assert json.loads(same) == records
+    assert [(record["label"], record["seed"], record["status"]) for record in records] == [
+        (label, seed, "done") for seed in (0, 1) for label in ("head", "bitfit")
+    ]
+    trained = [
+        [line.partition(":")[0] for line in lines.splitlines() if "s of training" in line] for lines in (said, told)
+    ]
+    assert sorted(trained[0] + trained[1]) == ["bitfit, seed 0", "bitfit, seed 1", "head, seed 0", "head, seed 1"]
+    assert min(map(len, trained)) > 0, "both trained some"
+    assert len(list((run.folder / "cells").iterdir())) == 4
+    assert not list(run.folder.glob("cells/*/failed.json"))
+    page = (run.folder / "report.html").read_text()
+    assert page.rstrip().endswith("</html>")
+    assert all((run.folder / "plots" / name).is_file() for name in ("quality.svg", "quality.png"))
+    assert [path.name for path in run.folder.glob("*.html")] == ["report.html"]
+    assert sorted(path.name for path in run.folder.iterdir() if "plots" in path.name) == ["plots"]

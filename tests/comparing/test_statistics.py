@@ -95,6 +95,17 @@ def test_a_handful_of_disagreements_settles_nothing(make_cell, disagreements: in
     assert difference([cell(template, ours)], [cell(template, theirs)]).verdict == verdict
 
 
+def test_one_example_says_nothing_of_others_and_no_interval_leaves_0_to_1(make_cell):
+    def cell(*values, seed=0):
+        return make_cell(seed=seed, examples=len(values)).model_copy(update={"test_values": list(values)})
+
+    nothing = Interval(0.0, 1.0)
+    assert mean_interval([cell(0.3)]) == mean_interval([cell(0.3), cell(0.4, seed=1)]) == nothing
+    assert mean_interval([cell(1.0), cell(0.0, seed=1)]) == nothing
+    low = mean_interval([cell(0.0, 0.0, 0.9, 0.01)])
+    assert low.low == 0 < low.high < 1
+
+
 def test_answers_better_by_degrees_have_intervals_that_hold_the_truth(make_cell):
     generator, template = np.random.default_rng(3), make_cell(examples=1)
     held = {"mean": [], "difference": []}

@@ -7,6 +7,7 @@ from deltatune import UserError
 from deltatune.files import write_json
 from deltatune.planning import recommend as module
 from deltatune.planning.budget import read_bytes, read_seconds
+from deltatune.planning.plan import Plan, plan_run
 from deltatune.planning.recommend import GUIDE, Limits, recommend
 
 
@@ -15,9 +16,23 @@ def data():
     return deltatune.load_data("rotten-tomatoes").limited(train=40, validation=20, test=20, seed=0)
 
 
+@pytest.fixture(scope="module")
+def plans() -> dict[str, Plan]:
+    return {}
+
+
 @pytest.fixture(autouse=True)
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
+def few(monkeypatch: pytest.MonkeyPatch, plans: dict[str, Plan]) -> None:
+    """Few methods, of which each is planned once: base, data, settings and machine are the same throughout."""
+
+    def planned_once(base, data, method, settings, *, storage, machine):
+        words = f"{method}@{storage}"
+        if words not in plans:
+            plans[words] = plan_run(base, data, method, settings, storage=storage, machine=machine)
+        return plans[words]
+
     monkeypatch.setattr(module, "GUIDE", {name: GUIDE[name] for name in ("dora", "lora", "lora@nf4", "full", "head")})
+    monkeypatch.setattr(module, "plan_run", planned_once)
 
 
 def test_without_evidence_the_guide_ranks_and_is_named(data) -> None:

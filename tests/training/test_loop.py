@@ -175,7 +175,7 @@ def test_events_tell_the_run_and_survive_a_cut_off_line(folder: Path, tmp_path: 
 def test_the_kept_weights_are_the_ones_that_were_scored(folder: Path, keep: str) -> None:
     validations: list[Evaluated] = []
     listen = lambda event: validations.append(event) if isinstance(event, Evaluated) else None  # noqa: E731
-    tuned = run(folder, epochs=4, evaluations=2, learning_rate=0.05, keep=keep, listen=listen)
+    tuned = run(folder, epochs=2, evaluations=3, learning_rate=0.05, keep=keep, listen=listen)
     kept = next(event for event in validations if event.step == tuned.finished.best_step)
     expected = max(validations, key=lambda e: (e.figures["accuracy"], -e.loss)) if keep == "best" else validations[-1]
     assert kept.figures == expected.figures == tuned.validation.figures
@@ -197,6 +197,10 @@ def test_a_run_that_diverges_stops_and_names_the_first_bad_tensor(folder: Path) 
     with pytest.raises(UserError, match=r"stopped at step \d+: the loss is .*first bad gradient is that of ") as caught:
         run(folder, Full(), learning_rate=1e30, clip=0, epochs=2)
     assert "learning rate" in caught.value.hint
+    heard: list[Event] = []
+    with pytest.raises(UserError, match="stopped at step 1: the loss on validation is nan"):  # no second step to tell
+        run(folder, Full(), learning_rate=1e30, clip=0, epochs=1, batch_tokens=100_000, listen=heard.append)
+    assert [type(event) for event in heard] == [Started, Step]
 
 
 def test_the_rate_rises_and_falls_as_stated() -> None:

@@ -67,6 +67,7 @@ def compare(experiment: Experiment, folder: Path | str, watch: Watcher = lambda 
     folder = Path(folder)
     place = find_base(experiment.base)
     data = read_data(experiment.cells()[0])
+    _refuse_equal_sizes(experiment, len(data.train))
     sized, matched = match(experiment, place, data)
     targets = _check_methods(sized, place, data)
     with disk_errors(folder):
@@ -84,6 +85,16 @@ def compare(experiment: Experiment, folder: Path | str, watch: Watcher = lambda 
     finished = [(folder / lane.cell.place, lane.result) for lane in lanes if isinstance(lane.result, CellResult)]
     failed = [lane.result for lane in lanes if isinstance(lane.result, FailedCell)]
     return write_results(folder, resolved, finished, [*failed, *_unsearched(experiment, searches)], searches)
+
+
+def _refuse_equal_sizes(experiment: Experiment, examples: int) -> None:
+    """Raises `UserError` where several sizes are all of the training examples: the same run would count twice."""
+    whole = [str(size) for size in experiment.data.sizes if size is not None and size >= examples]
+    if len(whole) > 1:
+        raise UserError(
+            f"of the sizes in data.train, {' and '.join(whole)} are the same: there are {examples} training examples",
+            f"leave out all but {whole[-1]}",
+        )
 
 
 def _search(

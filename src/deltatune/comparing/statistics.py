@@ -152,16 +152,20 @@ def mean_interval(cells: Sequence[CellResult]) -> Interval:
     """The 95% interval of the metric of one method: of its mean over test examples, and over seeds where there are any.
 
     Where answers are right or wrong it is Wilson's, for several seeds with the number of independent examples that
-    would give the same standard error; else mean ± half-width.
+    would give the same standard error; else mean ± half-width within [0, 1], where the
+    metric lies.
     """
     values = np.array([cell.test_values for cell in cells], dtype=float).T  # (examples, seeds)
+    binary = bool(np.isin(values, (0.0, 1.0)).all())
+    if len(values) < 2 and not (binary and len(cells) == 1):  # one example does not show how examples vary
+        return Interval(0.0, 1.0)
     found = chance(values)
     half = found.half_width(LEVEL)
-    if np.isin(values, (0.0, 1.0)).all():
+    if binary:
         if len(cells) == 1 or found.error == 0:
             return wilson(found.mean, len(values))
         return wilson(found.mean, found.mean * (1 - found.mean) / found.error**2, half / found.error)
-    return Interval(found.mean - half, found.mean + half)
+    return Interval(max(0.0, found.mean - half), min(1.0, found.mean + half))
 
 
 def wilson(share: float, count: float, z: float = _Z) -> Interval:

@@ -96,6 +96,8 @@ def train(
                 began = time.perf_counter()
                 scores = task.evaluate(validation)
                 took = time.perf_counter() - began
+                if not math.isfinite(scores.loss):  # this step itself was too large, and no later one may tell
+                    raise _diverged(step, scores.loss, {}, " on validation")
                 listen(Evaluated(step, done, "validation", dict(scores.figures), len(validation), took))
                 if settled(model, step, len(groups)):
                     kept.offer(step, scores, parameters)
@@ -180,10 +182,10 @@ class _Kept:
         return self._best
 
 
-def _diverged(step: int, loss: float, parameters: dict[str, nn.Parameter]) -> DivergedError:
+def _diverged(step: int, loss: float, parameters: dict[str, nn.Parameter], split: str = "") -> DivergedError:
     bad = next((n for n, p in parameters.items() if p.grad is not None and not torch.isfinite(p.grad).all()), None)
     where = f"; the first bad gradient is that of {bad}" if bad else ""
     return DivergedError(
-        f"training stopped at step {step}: the loss is {loss:.4g}{where}",
+        f"training stopped at step {step}: the loss{split} is {loss:.4g}{where}",
         "lower the learning rate, or use --precision fp32; the weights before this step were finite",
     )
