@@ -155,11 +155,14 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         options = {name: _bare(value, known) for name, value in kwargs.items() if name != "pin_memory"}
         if packet is aten.index:
             inner[1] = _as_places(inner[1])
-        fresh, has_device = _form(operation)
-        if has_device and not any(value is _META for value in inner):
+        form = _form(operation)
+        if form.has_device and not any(value is _META for value in inner):
             options["device"] = _META
+        if form.writes:  # what it writes to is there, and its shape stays
+            out = inner[0] if form.writes is True else options[form.writes]
+            return self._wrap(out, known, operation, inner)
         with torch._C._DisableTorchDispatch():
-            out = _fresh(operation, inner, options) if fresh else operation(*inner, **options)
+            out = _fresh(operation, inner, options) if form.fresh else operation(*inner, **options)
             if torch.Tag.inplace_view in operation.tags:  # the shape itself has another form, too
                 operation(*args, **kwargs)
         return self._wrap(out, known, operation, inner)
@@ -302,13 +305,34 @@ def _as_places(indices: list[Tensor | None]) -> list[Tensor | None]:
     return found
 
 
+class _Form(NamedTuple):
+    """What an operation does with memory."""
+
+    fresh: bool
+    """Whether all that it gives is new."""
+    has_device: bool
+    """Whether it is told a device."""
+    writes: bool | str
+    """Whether it gives its first argument, written over; or the name of the one that it gives."""
+
+
 @cache
-def _form(operation: Any) -> tuple[bool, bool]:
-    """Whether all that it gives is new memory, and whether it is told a device."""
+def _form(operation: Any) -> _Form:
     schema = operation._schema
     aliased = any(one.alias_info is not None for one in (*schema.arguments, *schema.returns))
     aliased |= operation._overloadpacket is aten._unsafe_view  # which says that it is not
-    return not aliased, any(one.name == "device" for one in schema.arguments)
+    has_device = any(one.name == "device" for one in schema.arguments)
+    written = [place for place, one in enumerate(schema.arguments) if one.alias_info is not None]
+    writes: bool | str = False
+    if operation.namespace == "aten" and len(written) == len(schema.returns) == 1:
+        one = schema.arguments[written[0]]
+        resizes = torch.Tag.inplace_view in operation.tags or operation._overloadpacket in _RESIZING
+        if one.alias_info.is_write and not resizes:
+            writes = one.name if one.kwarg_only else written[0] == 0
+    return _Form(not aliased, has_device, writes)
+
+
+_RESIZING = frozenset([aten.resize_, aten.resize_as_, aten.set_])
 
 
 _seen: dict[Any, Any] = {}
