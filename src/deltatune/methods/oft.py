@@ -97,10 +97,6 @@ class OFT(WeightDelta):
         size = self.size(site)
         return (1 if self.block_share else site.in_ // size) * (size * (size - 1) // 2)
 
-    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: x, and Q in fp32."""
-        return tokens * site.in_ * itemsize + 4 * self.parameters(site)
-
     def delta(
         self, site: Site, weight: FrozenWeight, shared: nn.Module | None, generator: torch.Generator
     ) -> nn.Module:
