@@ -45,6 +45,7 @@ Machine = Annotated[
 Track = Annotated[
     list[str] | None, typer.Option(help="Also write to a tracker: tensorboard, mlflow, trackio or wandb (offline).")
 ]
+Force = Annotated[bool, typer.Option("--force", help="Run even if the plan exceeds this machine's memory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AdapterFolder = Annotated[Path, typer.Argument(help="Folder that `tune` or `compare` wrote, or that PEFT wrote.")]
 
