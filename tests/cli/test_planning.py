@@ -94,7 +94,7 @@ def test_trials_are_evidence_for_a_recommendation(few, base, data) -> None:
 
 
 def test_a_trial_that_fails_puts_its_method_out(few, base, data) -> None:
-    rate = ("--training", "learning_rate=1e30", "--training", "max_grad_norm=1e30")
+    rate = ("--training", "learning_rate=1e30", "--training", "clip=0")
     done = deltatune("recommend", "--base", base, "--data", data, *SHORT, *rate, "--trial", "3s", "--json")
     assert done.code == 0, done.err
     found = json.loads(done.out)
@@ -118,3 +118,8 @@ def test_runs_are_evidence_for_a_recommendation(few, base, data, tmp_path) -> No
     assert_refused(
         deltatune("recommend", "--base", base, "--data", data, "--from", tmp_path), "has no finished run", "compare"
     )
+
+
+@pytest.mark.parametrize("command", ["plan", "recommend"])
+def test_a_setting_that_does_not_exist_is_named(command: str, base) -> None:
+    assert_refused(deltatune(command, "--base", base, "--training", "batch_token=1"), "batch_token", "batch_tokens")
