@@ -101,7 +101,12 @@ def test_what_a_rehearsal_keeps_is_what_autograd_keeps(name: str) -> None:
     model.train()
     counted = count_on(outline(tiny_base("bert"), labels=("no", "yes")), method)
     planned = rehearse(
-        outline(tiny_base("bert"), labels=("no", "yes")), method, shape, "fp32", trained=counted.trainable, short=False
+        outline(tiny_base("bert"), labels=("no", "yes")),
+        method,
+        shape,
+        "fp32",
+        trained=counted.trainable,
+        plain=["attention"],
     )
     there = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}

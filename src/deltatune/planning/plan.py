@@ -254,7 +254,7 @@ def _plan(words: str, method: Method, shared: _Planned, explain: bool) -> Plan:
         trained=counted.trainable,
         scoring=shared.scoring,
         checkpoint=settings.gradient_checkpointing,
-        short=not machine.cuda,
+        plain=(*settings.plain, "attention") if machine.cuda else settings.plain,
         explain=explain,
     )
     held = {id(tensor): tensor for tensor in (*shared.outline.parameters(), *shared.outline.buffers())}

@@ -8,7 +8,7 @@ target names one block in the middle), all blocks are rehearsed.
 import copy
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -18,21 +18,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deltatune.data.batches import Batch
-from deltatune.dropout import replace_dropout
 from deltatune.errors import UserError
 from deltatune.methods import Method, SoftPrompt
-from deltatune.models import short_attention
 from deltatune.models.attach import attach, parts_of, penalty, trainable_parameters
 from deltatune.models.base import Base, quiet
 from deltatune.models.blocks import stacks
-from deltatune.models.norms import replace_norms
 from deltatune.models.targets import below
 from deltatune.planning.tracing import Repeat, Shape, Trace, Traced, shaped
-from deltatune.training.attention import SHORT
 from deltatune.training.checkpointing import checkpointing
 from deltatune.training.classification import Classification
 from deltatune.training.language import LanguageModelling
 from deltatune.training.modes import SCORED_TOKENS
+from deltatune.training.pieces import Piece, quicken
 from deltatune.training.pooled import end_of_attention, first_token_alone
 from deltatune.training.precision import Computed, prepare
 from deltatune.training.prefix import Prefix
@@ -90,16 +87,16 @@ def rehearse(
     trained: int,
     scoring: BatchShape | None = None,
     checkpoint: bool = False,
-    short: bool = True,
+    plain: Collection[Piece] = (),
     explain: bool = False,
 ) -> Rehearsed:
     """Rehearses a method on an outline, which is left as it is; `trained` is the exact count of what trains.
 
     `scoring` is the largest batch of a validation; left out, one of the same lengths.
-    `short`: whether the machine runs its own attention over short texts (see `training/attention.py`).
+    `plain`: the fast pieces that the run goes without (see `training/pieces.py`).
     """
     rehearsal = _Rehearsal(
-        method, batch, scoring or batch.scaled(SCORED_TOKENS), precision, trained, checkpoint, short, explain
+        method, batch, scoring or batch.scaled(SCORED_TOKENS), precision, trained, checkpoint, plain, explain
     )
     depths = {len(stack) for stack in stacks(base)}
     for few, middle in _CUTS if len(depths) == 1 else ():
@@ -134,7 +131,7 @@ class _Rehearsal:
     precision: Computed
     trained: int
     checkpoint: bool
-    short: bool
+    plain: Collection[Piece]
     explain: bool
 
     def of(self, model: PreTrainedModel, middle: int = 0, more: int = 0) -> Rehearsed | None:
@@ -163,10 +160,7 @@ class _Rehearsal:
 
     def _prepared(self, model: PreTrainedModel) -> Task:
         prepare(model, self.precision)
-        replace_dropout(model)
-        replace_norms(model)
-        if self.short and self.batch.length <= SHORT:
-            model.set_attn_implementation(short_attention.NAME)
+        quicken(model, self.batch.length, self.plain)
         shaped(model)
         base = Base(model, cast(Any, None), "", "")
         task: Task = (
@@ -181,7 +175,8 @@ class _Rehearsal:
         return task
 
     def _step(self, model: PreTrainedModel, task: Task, blocks: list[list[str]], more: int) -> Traced:
-        alone = nullcontext() if model.can_generate() or end_of_attention(model) is None else first_token_alone(model)
+        whole = "pooled" in self.plain or model.can_generate() or end_of_attention(model) is None
+        alone = nullcontext() if whole else first_token_alone(model)
         trace = Trace(self.batch.scored, model)
         with trace, alone, checkpointing(model, self.checkpoint), ExitStack() as hooks:
             if self.explain:
