@@ -15,7 +15,7 @@ import deltatune
 from conformance.cases import PROMPTS, bits, shaken
 from deltatune.errors import UserError
 from deltatune.files import read_json, write_json
-from deltatune.methods import METHODS, Seat, SoftPrompt
+from deltatune.methods import METHODS, SoftPrompt
 from deltatune.models.adapters import TENSORS
 from deltatune.models.attach import attachment, find_head, trainable_parameters
 from deltatune.models.base import find_base
@@ -118,27 +118,6 @@ def test_only_the_prompt_and_the_head_train_and_are_as_many_as_counted(
     torch.optim.SGD(trains.values(), lr=0.1).step()
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == trains.keys()
-
-
-@every_prompt
-def test_what_is_kept_for_backward_is_what_was_stated(method: SoftPrompt) -> None:
-    seat = Seat(32, 30) if method.place == "input" else Seat(32, 0, (32, 16))
-    prompt = method.prompt(seat, torch.ones(30, 32) if seat.vocabulary else None, torch.Generator())
-    kept: dict[int, torch.Tensor] = {}
-    in_library = [False]  # while an LSTM runs, of which nothing is stated
-    if recurrent := getattr(prompt, "lstm", None):
-        recurrent.register_forward_pre_hook(lambda *_: in_library.__setitem__(0, True))
-        recurrent.register_forward_hook(lambda *_: in_library.__setitem__(0, False))
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if not in_library[0]:
-            kept[tensor.data_ptr()] = tensor  # held, so that no other tensor gets its place
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        made = [prompt(layer) for layer in range(len(seat.keys))] if seat.keys else [prompt()]
-    assert all(tokens.requires_grad for tokens in made)
-    assert sum(tensor.nbytes for tensor in kept.values()) == method.kept_for_backward(seat)
 
 
 @on_models(AT_INPUT, (*ENCODERS, *DECODERS))

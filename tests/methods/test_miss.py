@@ -64,11 +64,6 @@ def test_a_site_trains_rank_times_out() -> None:
     assert MiSS().parameters(Site(768, 3072)) == 64 * 768
 
 
-def test_the_input_is_not_kept_for_backward() -> None:
-    site, tokens = Site(768, 3072), 1024
-    assert MiSS(rank=8).kept_for_backward(site, tokens, 4) < tokens * site.in_ * 4 / 100
-
-
 @pytest.mark.parametrize(
     ("options", "why"), [({"rank": 0}, "rank must be at least 1"), ({"dropout": 1.0}, "dropout must be")]
 )

@@ -57,7 +57,7 @@ def test_measured_evidence_goes_before_the_guide(data, tmp_path) -> None:
         write_json(cell / "spec.json", {"data": {"name": "rotten-tomatoes"}, "method": {"storage": {}}})
     found = recommend("minilm", data, Limits(), runs=[tmp_path])
     assert [one.method for one in found][:3] == ["full", "lora", "dora"]
-    assert found[0].evidence == "measured in 1 runs"
+    assert found[0].evidence == "measured in 1 run"
 
 
 def test_the_goal_decides_among_those_that_fit(data) -> None:

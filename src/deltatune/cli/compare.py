@@ -49,6 +49,7 @@ def command(
     precision: options.Precision = None,
     setting: options.Setting = None,
     decoding: options.Decoding = None,
+    force: options.Force = False,
     track: options.Track = None,
     json: options.Json = False,
 ) -> None:
@@ -93,7 +94,7 @@ def command(
         if isinstance(progress, LiveTable):
             progress.expect(chosen.cells())
         with Trackers(track or (), folder) as trackers:
-            done = compare(chosen, folder, watch)
+            done = compare(chosen, folder, watch, force=force)
     if json:
         print(dumps(records(done.results, done.failed), ensure_ascii=False, indent=2))
     else:

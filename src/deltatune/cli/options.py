@@ -1,10 +1,13 @@
 """What several commands share: their options, and the console that their tables go to."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from deltatune.training.settings import Training
 
 Base = Annotated[
     str, typer.Option(help="Base model: minilm, smollm2, a local folder, or a hub id with an optional @revision.")
@@ -45,6 +48,7 @@ Machine = Annotated[
 Track = Annotated[
     list[str] | None, typer.Option(help="Also write to a tracker: tensorboard, mlflow, trackio or wandb (offline).")
 ]
+Force = Annotated[bool, typer.Option("--force", help="Run even if the plan exceeds this machine's memory.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 AdapterFolder = Annotated[Path, typer.Argument(help="Folder that `tune` or `compare` wrote, or that PEFT wrote.")]
 
@@ -75,3 +79,10 @@ def table_console() -> Console:
     """Stdout for tables: as wide as the terminal; in a pipe or file wide enough for whole lines."""
     console = Console(highlight=False, emoji=False)
     return console if console.is_terminal else Console(highlight=False, emoji=False, width=max(120, console.width))
+
+
+def settings(command: str, given: dict[str, Any]) -> "Training":
+    """The settings of a run from those `given`. Raises `UserError` that names a wrong one."""
+    from deltatune.comparing.experiment import make_experiment
+
+    return make_experiment({"methods": ["lora"], "training": given}, command).training

@@ -54,7 +54,6 @@ def command(
         return
     with waiting("planning"):
         from deltatune.planning.plan import plan
-        from deltatune.training.settings import Training
 
         tokens = batch * length if batch else tokens
         training = {"batch_tokens": tokens, "max_length": max(2, length)}
@@ -66,7 +65,7 @@ def command(
             length=length,
             labels=None if labels is None else tuple(map(str, range(labels))),
             examples=examples,
-            settings=Training.model_validate(training | options.training(epochs, None, precision, setting)),
+            settings=options.settings("plan", training | options.training(epochs, None, precision, setting)),
             machine=machine,
             explain=explain,
         )

@@ -71,7 +71,7 @@ class RunProgress:
                     f"{name}: " + (news.reason or f"validation {named(news.metric).word} {abs(news.value or 0):.3f}")
                 )
             case FailedCell():
-                self._over(f"{name}: failed: {news.reason}")
+                self._over(f"{name}: failed: {news.reason}" + (f"\n  hint: {news.hint}" if news.hint else ""))
             case _:
                 self.show(name, news)
 

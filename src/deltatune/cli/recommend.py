@@ -48,7 +48,6 @@ def command(
         from deltatune.data import load_data
         from deltatune.planning.budget import read_bytes, read_seconds
         from deltatune.planning.recommend import Limits, recommend
-        from deltatune.training.settings import Training
 
         found = recommend(
             base,
@@ -59,7 +58,7 @@ def command(
                 read_bytes(adapter_size) if adapter_size else None,
             ),
             goal,  # type: ignore[arg-type]
-            settings=Training.model_validate(options.training(epochs, None, precision, setting)),
+            settings=options.settings("recommend", options.training(epochs, None, precision, setting)),
             machine=machine,
             runs=runs or (),
             trial=read_seconds(trial) if trial else 0.0,

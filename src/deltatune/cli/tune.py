@@ -48,7 +48,7 @@ def command(
     precision: options.Precision = None,
     setting: options.Setting = None,
     decoding: options.Decoding = None,
-    force: Annotated[bool, typer.Option("--force", help="Run even if the plan exceeds this machine's memory.")] = False,
+    force: options.Force = False,
     track: options.Track = None,
     json: options.Json = False,
 ) -> None:

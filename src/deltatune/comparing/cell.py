@@ -32,7 +32,7 @@ from deltatune.models.quantise import total_parameters
 from deltatune.models.vocabulary import add_tokens
 from deltatune.planning.foresight import Foreseen, foresee, refuse_unfit
 from deltatune.training.asking import asking
-from deltatune.training.events import Event, EventFile, Listener, Planned, Step
+from deltatune.training.events import Event, EventFile, Listener, Planned, Step, Unplanned
 from deltatune.training.memory import peak, resident
 from deltatune.training.plain_text import drift, plain_text_loss, plain_text_states
 from deltatune.training.tasks import task_for
@@ -58,7 +58,9 @@ def run_cell(
         (folder / name).unlink(missing_ok=True)
     data = read_data(cell)
     baseline = resident()
-    planned = _planned(cell, data, forked)
+    planned, unplanned = _planned(cell, data, forked)
+    if unplanned:
+        log.warning("no plan could be made: %s", unplanned)
     if planned is not None and not force:
         refuse_unfit(planned)
     base = load_base(cell, data)
@@ -73,6 +75,8 @@ def run_cell(
     with EventFile(folder / EVENTS) as file:
         if planned is not None:
             note(Planned(round(planned.plan.memory.peak), planned.plan.seconds or 0.0, planned.plan.machine))
+        if unplanned:
+            note(Unplanned(unplanned))
         tuned = tune(base, data, cell.method.make(), cell.training, seed=cell.seed, listen=note)
     trained = peak()
     task = task_for(base, tuned.precision)
@@ -121,12 +125,12 @@ def run_cell(
     return result
 
 
-def _planned(cell: Cell, data: TextData | DialogueData, forked: bool) -> Foreseen | None:
-    """The plan of the cell; None where its base cannot be planned, which is no reason not to run it."""
-    if cell.new_tokens:  # the base is another one with them
-        return None
+def _planned(cell: Cell, data: TextData | DialogueData, forked: bool) -> tuple[Foreseen | None, str]:
+    """The plan of the cell; or none, and why, which is no reason not to run it."""
+    if cell.new_tokens:
+        return None, "its base has new tokens, which makes it another one"
     try:
-        return foresee(
+        plan = foresee(
             find_base(cell.base, cell.base_revision),
             data,
             cell.method.make(),
@@ -135,11 +139,11 @@ def _planned(cell: Cell, data: TextData | DialogueData, forked: bool) -> Foresee
             seed=cell.seed,
             forked=forked,
         )
-    except UserError:
-        return None
+    except UserError:  # which the run will raise
+        return None, ""
     except Exception as error:  # a plan follows code that it does not know, such as an architecture's
-        log.debug("no plan: %s: %s", type(error).__name__, error)
-        return None
+        return None, " ".join(f"{type(error).__name__}: {error}".split())
+    return plan, ""
 
 
 def load_base(cell: Cell, data: TextData | DialogueData) -> Base:

@@ -7,6 +7,7 @@ FOLDER/searches.json          what was searched, found and chosen
 FOLDER/results.csv  results.parquet  results.md  report.html  plots/
 """
 
+import logging
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -35,8 +36,10 @@ from deltatune.files import disk_errors, write_text
 from deltatune.models.attach import attach
 from deltatune.models.base import Place, find_base, outline
 from deltatune.models.count import count
-from deltatune.training.events import read_events
+from deltatune.training.events import Unplanned, read_events
 from deltatune.training.precision import resolve
+
+log = logging.getLogger("deltatune")
 
 Finished = tuple[Path, CellResult]
 """A cell's folder and what came out of it."""
@@ -56,12 +59,15 @@ class Comparison:
     searches: tuple[Search, ...] = ()
 
 
-def compare(experiment: Experiment, folder: Path | str, watch: Watcher = lambda cell, news: None) -> Comparison:
+def compare(
+    experiment: Experiment, folder: Path | str, watch: Watcher = lambda cell, news: None, *, force: bool = False
+) -> Comparison:
     """Runs every trial and cell that is not finished yet and writes results.csv and report.html.
 
     Everything that can be wrong is looked for first: base, data, hyperparameters and targets of every method. A cell
     that fails is noted with its reason, and the others go on. Several processes may work on one folder: each takes
-    what no other has, and all end with the same report. Raises `UserError` for what is wrong beforehand.
+    what no other has, and all end with the same report. A cell whose plan exceeds this machine's memory fails before
+    anything is loaded; `force` runs it all the same. Raises `UserError` for what is wrong beforehand.
     """
     check_installed()
     folder = Path(folder)
@@ -72,7 +78,8 @@ def compare(experiment: Experiment, folder: Path | str, watch: Watcher = lambda 
     targets = _check_methods(sized, place, data)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with CellProcesses(folder) as processes:
+    watch = _warning(watch)
+    with CellProcesses(folder, force=force) as processes:
         searches, chosen = _search(sized, Where(place, data), processes, watch)
         lanes = [Single(cell) for cell in chosen.cells(place.id, place.revision, data.revision)]
         cells = [lane.cell for lane in lanes]
@@ -95,6 +102,19 @@ def _refuse_equal_sizes(experiment: Experiment, examples: int) -> None:
             f"of the sizes in data.train, {' and '.join(whole)} are the same: there are {examples} training examples",
             f"leave out all but {whole[-1]}",
         )
+
+
+def _warning(watch: Watcher) -> Watcher:
+    """The watcher, with a warning for each method that runs without a plan: what its process says is in its log."""
+    said: set[tuple[str, str]] = set()
+
+    def note(cell: Cell, news: News) -> None:
+        if isinstance(news, Unplanned) and (what := (cell.method.label, news.reason)) not in said:
+            said.add(what)
+            log.warning("%s: no plan could be made: %s", *what)
+        watch(cell, news)
+
+    return note
 
 
 def _search(

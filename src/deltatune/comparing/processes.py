@@ -23,11 +23,13 @@ from deltatune.training.events import Event, parse_event
 class CellProcesses:
     """Runs cells and trials of a run, each in a process forked for it. Leaving the `with` block ends what still runs.
 
-    The processes are forked from one that has imported everything (see zygote.py); it starts with the first cell.
+    `force`: even where a plan exceeds this machine's memory. The processes are forked from one that has imported
+    everything (see zygote.py); it starts with the first cell.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, force: bool = False) -> None:
         self.folder = folder
+        self._words = ["--force"] if force else []
         self._zygote: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
@@ -59,7 +61,7 @@ class CellProcesses:
     def _running(self) -> subprocess.Popen[str]:
         if self._zygote is None or self._zygote.poll() is not None:  # none yet, or it was killed between two cells
             self._zygote = subprocess.Popen(
-                [sys.executable, "-m", "deltatune.comparing.zygote", str(self.folder)],
+                [sys.executable, "-m", "deltatune.comparing.zygote", str(self.folder), *self._words],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 encoding="utf-8",

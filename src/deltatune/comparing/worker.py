@@ -1,6 +1,6 @@
 """The process around one cell: one at a time in its folder, with its failure written down.
 
-`python -m deltatune.comparing.worker FOLDER` runs one alone, a cell or a trial as its spec.json says.
+`python -m deltatune.comparing.worker FOLDER [--force]` runs one alone, a cell or a trial as its spec.json says.
 """
 
 import sys
@@ -17,14 +17,14 @@ from deltatune.files import read_json, write_json
 from deltatune.training.events import EventFile, Listener
 
 
-def attempt(folder: Path, listen: Listener, *, forked: bool = False) -> int:
+def attempt(folder: Path, listen: Listener, *, force: bool = False, forked: bool = False) -> int:
     """Runs what `folder/spec.json` says; a failure is written to failed.json. Returns an exit code."""
     try:
         spec = read_json(folder / SPEC)
         if "trial" in spec:
             run_trial(TrialCell.model_validate(spec), folder, listen)
         else:
-            run_cell(Cell.model_validate(spec), folder, listen, forked=forked)
+            run_cell(Cell.model_validate(spec), folder, listen, force=force, forked=forked)
     except UserError as error:
         write_json(folder / FAILED, {"reason": error.message, "hint": error.hint})
         return 1
@@ -36,7 +36,7 @@ def attempt(folder: Path, listen: Listener, *, forked: bool = False) -> int:
     return 0
 
 
-def main(folder: Path) -> int:
+def main(folder: Path, *, force: bool = False) -> int:
     """The same, telling its events on stdout.
 
     Where another process still runs the same, its end is waited for, and what it finished is not run again.
@@ -46,8 +46,8 @@ def main(folder: Path) -> int:
             return 0
         for name in (RESULT, FAILED):
             (folder / name).unlink(missing_ok=True)
-        return attempt(folder, tell, forked=True)
+        return attempt(folder, tell, force=force, forked=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), force="--force" in sys.argv[2:]))

@@ -1,8 +1,8 @@
 """A process that has imported everything and forks one process for each cell, so that the imports are paid for once.
 
-`python -m deltatune.comparing.zygote RUN` waits on stdin for names of folders in RUN, such as cells/CELL, runs each in
-a process of its own, and passes on its events on stdout. When that process has ended it says so: {"ended": CODE}, the
-exit code, or the negative number of the signal that ended it.
+`python -m deltatune.comparing.zygote RUN [--force]` waits on stdin for names of folders in RUN, such as cells/CELL,
+runs each in a process of its own, and passes on its events on stdout. When that process has ended it says so:
+{"ended": CODE}, the exit code, or the negative number of the signal that ended it.
 """
 
 import json
@@ -16,24 +16,24 @@ from deltatune.comparing.cell import LOG
 from deltatune.comparing.worker import main
 
 
-def serve(run: Path) -> None:
+def serve(run: Path, force: bool = False) -> None:
     """Runs the cells and trials that are named on stdin, one line each, until it is closed."""
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            _run(run / line.strip())
+            _run(run / line.strip(), force)
         _, status = os.waitpid(child, 0)
         # A line of its own, whatever the cell left unfinished.
         print(f"\n{json.dumps({'ended': os.waitstatus_to_exitcode(status)})}", flush=True)
 
 
-def _run(folder: Path) -> NoReturn:
+def _run(folder: Path, force: bool) -> NoReturn:
     """Runs the cell in this process and ends it, whatever happens."""
     code = 1
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(os.open(folder / LOG, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 2)
-        code = main(folder)
+        code = main(folder, force=force)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -43,4 +43,4 @@ def _run(folder: Path) -> NoReturn:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    serve(Path(sys.argv[1]), force="--force" in sys.argv[2:])

@@ -122,15 +122,6 @@ class AdaLoRA(WeightDelta):
         """Trained parameters of one site, before pruning: A, B and Λ."""
         return self._rank * (site.out + site.in_ + 1)
 
-    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: x, h = x·(Λ⊙A)ᵀ, Λ⊙A and B, and the fp32 Λ and A that it was made from.
-
-        With dropout the dropped x and its mask in place of x.
-        """
-        inputs = 2 * site.in_ if self.dropout else site.in_
-        kept = tokens * (inputs + self._rank) + self._rank * (site.out + site.in_)
-        return kept * itemsize + self._rank * (site.in_ + 1) * 4
-
     def delta(
         self, site: Site, weight: FrozenWeight, shared: nn.Module | None, generator: torch.Generator
     ) -> "AdaLoRADelta":

@@ -106,16 +106,6 @@ class AdapterFusion(BlockInsert):
         """Numbers in a file: those that train, and the frozen adapters."""
         return sum(self.parameters(site) + sum(part.parameters(site) for part in self.parts) for site in sites)
 
-    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: h, the adapters' z and narrow values, Q·h, what it looks for, the mix, and matrices.
-
-        The softmax is computed in fp32; in 16 bits its result is kept in both types.
-        """
-        d, number = site.out, len(self.parts)
-        narrow = sum(d // part.reduction for part in self.parts)
-        weights = 4 * tokens * number + (itemsize * tokens * number if itemsize != 4 else 0)
-        return (tokens * (4 * d + number * d + narrow) + 2 * d * narrow + 3 * d * d) * itemsize + weights
-
     def start_distance(self, site: Site) -> float:
         """That of the mean of the adapters, if they were fresh: what trained ones add is not known from shapes."""
         return float(sum(part.start_distance(site) ** 2 for part in self.parts) ** 0.5 / len(self.parts))

@@ -32,8 +32,6 @@ ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
 }
 PASSED: Mapping[Activation, float] = {"relu": 1 / 2, "gelu": 1 / 4, "silu": 1 / 4, "tanh": 1.0}
 """The share of a small input's variance that each lets through."""
-_FROM_OUTPUT = ("relu", "tanh")
-"""Those whose gradient needs their output alone, which the product after them keeps anyway."""
 
 STD = 0.02
 """Standard deviation of the entries under `init=normal`."""
@@ -68,11 +66,6 @@ class Adapters(BlockInsert, Protocol):
         """Trained parameters of one site: Down, Up and their biases, 2dm + m + d."""
         d, m = site.out, site.out // self.reduction
         return 2 * d * m + m + d
-
-    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: h, σ(Down·h), Down·h where σ needs that, and both matrices; not the input x."""
-        d, m = site.out, site.out // self.reduction
-        return (tokens * (d + width_kept(self.activation, m)) + 2 * d * m) * itemsize
 
     def start_distance(self, site: Site) -> float:
         """Of `normal`: that of s·Up·σ(Down·h), for Down·h so small that σ is as around 0."""
@@ -153,11 +146,6 @@ def bottleneck(
     z = ACTIVATIONS[activation](F.linear(h, down.to(h.dtype), down_bias.to(h.dtype)))  # (tokens, m)
     added = F.linear(z, up.to(h.dtype), up_bias.to(h.dtype))
     return added if scale == 1 else scale * added
-
-
-def width_kept(activation: Activation, m: int) -> int:
-    """Numbers of each token that the nonlinearity and the product after it keep for backward, m wide."""
-    return m if activation in _FROM_OUTPUT else 2 * m
 
 
 def in_range(method: Adapters) -> None:

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deltatune.errors import UserError
-from deltatune.methods.bottleneck import PASSED, Activation, Adapters, Init, Insertion, bottleneck, in_range, width_kept
+from deltatune.methods.bottleneck import PASSED, Activation, Adapters, Init, Insertion, bottleneck, in_range
 from deltatune.methods.contract import CONFIG, Site, Targets
 from deltatune.methods.values import at_least_one
 from deltatune.weights import FrozenWeight
@@ -99,12 +99,6 @@ class Compacter(Adapters):
     def shared_parameters(self, sites: Sequence[Site]) -> int:
         """The n matrices A of n × n."""
         return self.n**3
-
-    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: as of other bottlenecks, and in fp32 the factors, and the products s·t and u·v."""
-        d, m = site.out, site.out // self.reduction
-        factors = self.n**3 + 2 * self.rank * (d + m) + 2 * d * m // self.n
-        return (tokens * (d + width_kept(self.activation, m)) + 2 * d * m) * itemsize + 4 * factors
 
     def start_distance(self, site: Site) -> float:
         """Of `normal`: that of s·Up·σ(Down·h), for Down·h so small that σ is as around 0."""

@@ -176,9 +176,6 @@ class OverLayers(Method, Protocol):
         """Numbers that an adapter file holds for these sites."""
         return sum(self.parameters(site) for site in sites) + self.shared_parameters(sites)
 
-    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes that one site keeps from forward to backward, its input included, in `itemsize` numbers."""
-
     def start_distance(self, site: Site) -> float:
         """Root mean square of the entries of W' − W before training, roughly; 0 where training starts at the base.
 
@@ -319,13 +316,6 @@ class SoftPrompt(Method, Protocol):
     def stored_parameters(self, seat: Seat) -> int:
         """Numbers that an adapter file holds."""
         return self.parameters(seat)
-
-    def kept_for_backward(self, seat: Seat) -> int:
-        """Bytes that making the virtual tokens, once for a batch, keeps from forward to backward.
-
-        What they cost beyond that, the base keeps: all that it keeps of a text is then of `virtual_tokens` tokens more;
-        for a prefix, the keys, values and attention probabilities alone.
-        """
 
     def prompt(
         self, seat: Seat, vocabulary: Float[Tensor, "vocabulary width"] | None, generator: torch.Generator

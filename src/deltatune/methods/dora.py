@@ -113,16 +113,6 @@ class DoRA(WeightDelta):
             return self.plain.stored_parameters(sites)
         return sum(self.plain.parameters(site) + site.out for site in sites)
 
-    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: what LoRA keeps, the output before m/n, and for each m its n and m/n in fp32.
-
-        For the normalised update what LoRA keeps, and the fp32 B that m/n scales in place of the output.
-        """
-        kept, magnitudes = self.plain.kept_for_backward(site, tokens, itemsize), self._magnitudes(site)
-        if self.magnitude == "normalised-update":
-            return kept + 4 * (site.out * self.rank + 2 * magnitudes)
-        return kept + tokens * site.out * itemsize + 8 * magnitudes
-
     def delta(
         self, site: Site, weight: FrozenWeight, shared: nn.Module | None, generator: torch.Generator
     ) -> "DoRADelta | DoRAEmbedding":

@@ -66,10 +66,6 @@ class FourierFT(WeightDelta):
         """Trained parameters of one site: its coefficients."""
         return self.coefficients
 
-    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: x, and the coefficients in fp32."""
-        return tokens * site.in_ * itemsize + 4 * self.coefficients
-
     def start_distance(self, site: Site) -> float:
         """Each entry is scaling / (out·in) times a sum of cosines, of mean square 1/2, with normal factors."""
         if self.init == "zeros":

@@ -57,11 +57,6 @@ class HiRA(WeightDelta):
         """Trained parameters of one site: A and B."""
         return self.rank * (site.out + site.in_)
 
-    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: x, A and B in fp32; with dropout the dropped x and its mask in place of x."""
-        inputs = 2 * site.in_ if self.dropout else site.in_
-        return tokens * inputs * itemsize + 4 * self.parameters(site)
-
     def delta(
         self, site: Site, weight: FrozenWeight, shared: nn.Module | None, generator: torch.Generator
     ) -> "HiRADelta":

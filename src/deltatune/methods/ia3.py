@@ -53,10 +53,6 @@ class IA3(WeightDelta):
         """Trained parameters of one site: a factor for each input, or for each output."""
         return site.in_ if self.scales_input(site) else site.out
 
-    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: the factors, and what they scale; for an output that is not the input x."""
-        return (tokens + 1) * self.parameters(site) * itemsize
-
     def delta(
         self, site: Site, weight: FrozenWeight, shared: nn.Module | None, generator: torch.Generator
     ) -> "IA3Delta":

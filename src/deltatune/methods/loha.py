@@ -86,11 +86,6 @@ class LoHa(WeightDelta):
         """Trained parameters of one site: two pairs of thin matrices."""
         return 2 * self.rank * (site.out + site.in_)
 
-    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: x, the four matrices in fp32, and U, V and x·Vᵀ where these are used."""
-        width = self.rank**2 if self.by_factors(site) else 0
-        return (tokens * (site.in_ + width) + width * (site.out + site.in_)) * itemsize + 4 * self.parameters(site)
-
     def delta(
         self, site: Site, weight: FrozenWeight, shared: nn.Module | None, generator: torch.Generator
     ) -> "LoHaDelta":

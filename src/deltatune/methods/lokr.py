@@ -98,12 +98,6 @@ class LoKr(WeightDelta):
         """Trained parameters of one site: W1 and W2, or their own factors."""
         return sum(map(math.prod, self.shapes(site).values()))
 
-    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: x and what trains, with W1 besides where it is a product."""
-        shapes = self.shapes(site)
-        product = 0 if "w1" in shapes else shapes["w1_a"][0] * shapes["w1_b"][1]
-        return (tokens * site.in_ + self.parameters(site) + product) * itemsize
-
     def delta(
         self, site: Site, weight: FrozenWeight, shared: nn.Module | None, generator: torch.Generator
     ) -> "LoKrDelta":

@@ -137,18 +137,6 @@ class LoRA(WeightDelta):
         trained = sum(self.parameters(site) for site in sites)
         return trained + (sum(self.rank * (site.out + site.in_) for site in sites) if self._moves else 0)
 
-    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: x, x·Aᵀ, A and B; with dropout the dropped x and its mask in place of x.
-
-        Over an embedding: the ids, the rows of Aᵀ that they chose, and B.
-        """
-        if self._moves:
-            return self.portable().kept_for_backward(site, tokens, itemsize)
-        if site.embedding:
-            return 8 * tokens + (tokens + site.out) * self.rank * itemsize
-        inputs = 2 * site.in_ if self.dropout else site.in_
-        return (tokens * (inputs + self.rank) + self.rank * (site.out + site.in_)) * itemsize
-
     def delta(
         self, site: Site, weight: FrozenWeight, shared: nn.Module | None, generator: torch.Generator
     ) -> "LoRADelta | LoRAEmbedding":

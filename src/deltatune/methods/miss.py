@@ -63,11 +63,6 @@ class MiSS(WeightDelta):
         """Trained parameters of one site: D."""
         return self.rank * site.out
 
-    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: the sums of the inputs that share a row and D, but not x; with dropout its mask."""
-        mask = site.in_ if self.dropout else 0
-        return (tokens * (self.rank + mask) + self.rank * site.out) * itemsize
-
     def delta(
         self, site: Site, weight: FrozenWeight, shared: nn.Module | None, generator: torch.Generator
     ) -> "MiSSDelta":

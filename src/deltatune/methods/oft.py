@@ -15,9 +15,11 @@ The paper has (I + Q)(I − Q)⁻¹, as the series does: with −Q for Q the sam
 files.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -94,10 +96,6 @@ class OFT(WeightDelta):
         """Trained parameters of one site: in·(k − 1) / 2 for blocks of width k, or one block's share of them."""
         size = self.size(site)
         return (1 if self.block_share else site.in_ // size) * (size * (size - 1) // 2)
-
-    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: x, and Q in fp32."""
-        return tokens * site.in_ * itemsize + 4 * self.parameters(site)
 
     def delta(
         self, site: Site, weight: FrozenWeight, shared: nn.Module | None, generator: torch.Generator
@@ -232,9 +230,11 @@ def _joined(blocks: Float[Tensor, "blocks tokens size"]) -> Float[Tensor, "token
     return blocks.transpose(0, 1).flatten(1)
 
 
+@cache
 def _divisors_around(number: int, near: int) -> tuple[int, int]:
     """The largest divisor up to `near` and the smallest one from it on; the number itself where there is none."""
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    divisors = [*small, *(number // d for d in reversed(small))]  # a square's root twice, which does no harm
     return max(d for d in divisors if d <= near), min((d for d in divisors if d >= near), default=number)
 
 

@@ -65,15 +65,6 @@ class Prefix(SoftPrompt):
         made = self.virtual_tokens * 2 * sum(seat.keys)
         return made + self.parameters(seat) if self.projection else made
 
-    def kept_for_backward(self, seat: Seat) -> int:
-        """Bytes kept for backward: of the network the fp32 inputs and matrices of its layers, the input of the last one
-        for each layer of the model; nothing where P trains as it is.
-        """
-        if not self.projection:
-            return 0
-        vectors, inside = self.virtual_tokens * seat.width, len(seat.keys) * self.virtual_tokens * self.hidden
-        return 4 * (vectors + inside + self.hidden * (seat.width + 2 * sum(seat.keys)))
-
     def prompt(
         self, seat: Seat, vocabulary: Float[Tensor, "vocabulary width"] | None, generator: torch.Generator
     ) -> nn.Module:

@@ -59,10 +59,6 @@ class Prompt(SoftPrompt):
         """Trained parameters: L·d."""
         return self.virtual_tokens * seat.width
 
-    def kept_for_backward(self, seat: Seat) -> int:
-        """Nothing: P is put in front as it is."""
-        return 0
-
     def tokenised(self, encode: Callable[[str], list[int]]) -> "Prompt":
         """The method with the token ids of its text."""
         if self.init != "text" or self.token_ids:

@@ -74,13 +74,6 @@ class PTuning(SoftPrompt):
         """P beside what trains."""
         return self.parameters(seat) + self.virtual_tokens * seat.width
 
-    def kept_for_backward(self, seat: Seat) -> int:
-        """Bytes kept for backward: the fp32 inputs and matrices of the linear layers.
-
-        What an LSTM keeps depends on the library that computes it, and is left out.
-        """
-        return 4 * sum(inputs * (self.virtual_tokens + outputs) for inputs, outputs in pairwise(self._widths(seat)))
-
     def _widths(self, seat: Seat) -> tuple[int, ...]:
         """What the linear layers take and give, from the first to the last."""
         d, h = seat.width, self.hidden or seat.width

@@ -63,10 +63,6 @@ class SHiRA(WeightDelta):
         """A file holds each entry with its row and its column."""
         return 3 * sum(self.parameters(site) for site in sites)
 
-    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: x, and the entries in fp32."""
-        return tokens * site.in_ * itemsize + 4 * self.parameters(site)
-
     def delta(
         self, site: Site, weight: FrozenWeight, shared: nn.Module | None, generator: torch.Generator
     ) -> "SHiRADelta":

@@ -102,15 +102,6 @@ class VBLoRA(WeightDelta):
         per_piece = 2 * self.topk - 1 if self.save_only_topk else self.num_vectors
         return self.shared_parameters(sites) + per_piece * sum(map(self._pieces, sites))
 
-    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: x, x·Aᵀ, A and B as in LoRA; fp32 weights and 64-bit indices of the mixes; the bank.
-
-        With dropout the dropped x and its mask in place of x. All sites keep one and the same bank.
-        """
-        inputs = 2 * site.in_ if self.dropout else site.in_
-        product = (tokens * (inputs + self.rank) + self.rank * (site.out + site.in_)) * itemsize
-        return product + 12 * self.topk * self._pieces(site) + 4 * self.num_vectors * self.vector_length
-
     def start_distance(self, site: Site) -> float:
         """B·A at the start, each piece a mean of topk vectors: a sum of `rank` products of two such small numbers."""
         return math.sqrt(self.rank) * _BANK_BOUND**2 / 3 / self.topk

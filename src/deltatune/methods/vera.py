@@ -69,11 +69,6 @@ class VeRA(WeightDelta):
         projections = self.rank * sum(_largest(sites)) if self.save_projection else 0
         return sum(map(self.parameters, sites)) + projections
 
-    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: x·Aᵀ and the two fp32 vectors, not x itself; with dropout its mask."""
-        mask = site.in_ if self.dropout else 0
-        return tokens * (self.rank + mask) * itemsize + 4 * (site.out + self.rank)
-
     def share(self, sites: Sequence[Site], generator: torch.Generator) -> "Projections":
         """The random matrices, from a seed of their own: the adapter's file can leave them out."""
         return Projections(self, sites)

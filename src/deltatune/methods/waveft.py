@@ -83,10 +83,6 @@ class WaveFT(WeightDelta):
         """Trained parameters of one site: its coefficients."""
         return self.coefficients
 
-    def kept_for_backward(self, site: Site, tokens: int, itemsize: int) -> int:
-        """Bytes kept for backward: x, and the coefficients in fp32."""
-        return tokens * site.in_ * itemsize + 4 * self.coefficients
-
     def delta(
         self, site: Site, weight: FrozenWeight, shared: nn.Module | None, generator: torch.Generator
     ) -> "WaveFTDelta | UntransformedDelta":

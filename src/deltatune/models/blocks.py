@@ -2,18 +2,20 @@
 
 from torch import nn
 
-from deltatune.models.roles import base_layers, linear_roles
-from deltatune.models.targets import below
+from deltatune.models.roles import base_layers, linear_roles, survey
+from deltatune.models.targets import within
 
 
+@survey
 def stacks(model: nn.Module) -> list[list[str]]:
     """The paths of the model's blocks from the input on, a list for each stack: an encoder–decoder has two."""
-    linear = linear_roles(model)
+    holders = {outer for path in linear_roles(model) for outer in within(path)}
     found: list[list[str]] = []
+    inside: tuple[str, ...] = ()
     for path, module in base_layers(model):
-        inside = any(below(path, blocks) for blocks in found)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside:
+        if isinstance(module, nn.ModuleList) and len(module) and not path.startswith(inside):
             blocks = [f"{path}.{name}" for name, _ in module.named_children()]
-            if all(any(below(layer, [block]) for layer in linear) for block in blocks):
+            if holders.issuperset(blocks):
                 found.append(blocks)
+                inside += (f"{path}.",)
     return found

@@ -11,6 +11,7 @@ from deltatune.methods import Method, Mixed, OverLayers, Selection, SoftPrompt, 
 from deltatune.models.attach import attach, find_head
 from deltatune.models.base import Place, find_base, outline, tasks
 from deltatune.models.layers import place
+from deltatune.models.roles import survey
 from deltatune.models.selected import put_selection
 from deltatune.models.stacks import find_stack
 from deltatune.models.targets import below
@@ -60,7 +61,7 @@ def count_on(model: PreTrainedModel, method: Method) -> Counted:
 
 def _count(model: PreTrainedModel, method: Method) -> Counted:
     head = find_head(model)
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    sizes = _sizes(model)
     in_head, total = sum(size for name, size in sizes.items() if below(name, head)), sum(sizes.values())
     if isinstance(method, OverLayers):
         placed = place(model, method, head)
@@ -79,6 +80,11 @@ def _count(model: PreTrainedModel, method: Method) -> Counted:
     selected = put_selection(model, cast(Selection, method), head).parameters.values()
     trainable = in_head + sum(parameter.numel() for parameter in selected)
     return Counted(trainable, in_head, trainable, total, 0)
+
+
+@survey
+def _sizes(model: PreTrainedModel) -> dict[str, int]:
+    return {name: parameter.numel() for name, parameter in model.named_parameters()}
 
 
 def count_all(methods: Sequence[Mapping[str, Any]], base: str, options: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ from deltatune.methods import BlockInsert, Observer, OverLayers, Site
 from deltatune.models.adapted import Adapted, AdaptedLinear, adapt, quantised_layers
 from deltatune.models.observe import Examples, Originals, observe, observe_losses
 from deltatune.models.part import Part
-from deltatune.models.roles import Role, embedding_roles, linear_roles
-from deltatune.models.sublayers import begin_of, in_blocks
+from deltatune.models.roles import Role, embedding_roles, linear_roles, survey
+from deltatune.models.sublayers import beginnings, in_blocks
 from deltatune.models.targets import Matched, adaptable, match
 from deltatune.weights import is_transposed, weight_of
 
@@ -144,7 +144,8 @@ def place(model: nn.Module, method: OverLayers, head: tuple[str, ...]) -> Placed
     if isinstance(method, BlockInsert):
         matched = in_blocks(model, method, matched, roles)
     modules = _variants(model, method, {path: roles[path] for path in matched.paths})
-    sites = {path: _site(model, path, roles) for path in modules}
+    every = _sites(model)
+    sites = {path: every[path] for path in modules}
     for path, variant in modules.items():
         try:
             variant.check(sites[path])
@@ -178,7 +179,7 @@ def put_layers(
         layer.add(name, delta)
         if isinstance(variant, BlockInsert) and variant.beside:
             begin = layer.site.begin
-            begins[begin] = _wrapped(model, begin, _site(model, begin, adaptable(model, head)))
+            begins[begin] = _wrapped(model, begin, _sites(model)[begin])
             begins[begin].shows[name] = cast(AdaptedLinear, layer)
     for line in str(placed.matched).splitlines():
         log.info("%s: %s", method.name, line)
@@ -224,15 +225,22 @@ def _wrapped(model: nn.Module, path: str, site: Site) -> Adapted:
     return layer
 
 
-def _site(model: nn.Module, path: str, roles: Mapping[str, Role]) -> Site:
-    layer = model.get_submodule(path)
+@survey
+def _sites(model: nn.Module) -> dict[str, Site]:
+    """Every linear layer and embedding of the base, by path."""
+    layers, roles = dict(model.named_modules()), {**linear_roles(model), **embedding_roles(model)}
+    begins = beginnings(roles)
+    return {path: _site(layers, path, role, begins.get(path, "")) for path, role in roles.items()}
+
+
+def _site(layers: Mapping[str, nn.Module], path: str, role: Role, begin: str) -> Site:
+    layer = layers[path]
     if isinstance(layer, Adapted):
         return layer.site
     weight, has_bias = weight_of(layer), getattr(layer, "bias", None) is not None
-    begin = begin_of(path, roles)
-    if begin and _inputs(model.get_submodule(begin)) != weight.out:  # what goes in and what comes out are of one width
+    if begin and _inputs(layers[begin]) != weight.out:  # what goes in and what comes out are of one width
         begin = ""
-    return Site(weight.out, weight.in_, path, roles[path], has_bias, isinstance(layer, nn.Embedding), begin)
+    return Site(weight.out, weight.in_, path, role, has_bias, isinstance(layer, nn.Embedding), begin)
 
 
 def _inputs(layer: nn.Module) -> int:
@@ -246,7 +254,10 @@ def _variants(model: nn.Module, method: OverLayers, roles: Mapping[str, Role]) -
         for entry, value in getattr(method, pattern).items():
             for path in match(model, roles, entry).paths:
                 changes[path][hyperparameter] = value
-    return {path: cast(OverLayers, replace(cast(Any, method), **change)) for path, change in changes.items()}
+    return {
+        path: cast(OverLayers, replace(cast(Any, method), **change)) if change else method
+        for path, change in changes.items()
+    }
 
 
 def _short_names(model: nn.Module, paths: list[str]) -> list[str]:

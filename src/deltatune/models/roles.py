@@ -5,8 +5,10 @@ layers carry usual names needs no entry of its own. The longest end that fits wi
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -86,11 +88,44 @@ EMBEDDINGS: frozenset[Role] = frozenset({"token-embedding", "embedding"})
 """The roles of embeddings; `all-linear` has none of them."""
 
 
+Model = TypeVar("Model", bound=nn.Module)
+Found = TypeVar("Found")
+_kept: dict[nn.Module, dict[Any, Any]] = {}
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Within the block nothing is put on the model or taken from it, so what a `survey` finds of it is found once."""
+    _kept[model] = {}
+    try:
+        yield
+    finally:
+        del _kept[model]
+
+
+def survey(find: Callable[[Model], Found]) -> Callable[[Model], Found]:
+    """A function that goes through a model's modules; see `unchanged`. What it gives is not to be written to."""
+
+    @wraps(find)
+    def found(model: Model) -> Found:
+        kept = _kept.get(model)
+        if kept is None:
+            return find(model)
+        if find not in kept:
+            kept[find] = find(model)
+        answer: Found = kept[find]
+        return answer
+
+    return found
+
+
+@survey
 def linear_roles(model: nn.Module) -> dict[str, Role]:
     """The role of each linear layer of `model`, by module path, in the model's order."""
     return {path: _role(path, layer) for path, layer in base_layers(model) if is_linear(layer)}
 
 
+@survey
 def embedding_roles(model: nn.Module) -> dict[str, Role]:
     """The role of each plain embedding of `model`, by module path: that of its input tokens, or another.
 
@@ -109,8 +144,13 @@ def embedding_roles(model: nn.Module) -> dict[str, Role]:
     }
 
 
-def base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+@survey
+def base_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules of the base by path, as if nothing were attached."""
+    return list(_base_layers(model))
+
+
+def _base_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     inside: list[str] = []  # of adapted layers: their base and deltas, which are no modules of the base
     for path, module in model.named_modules():
         if isinstance(module, Adapted):

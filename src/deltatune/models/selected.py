@@ -11,8 +11,8 @@ from deltatune.methods import BaseParameter, NoTraining, Selection
 from deltatune.models.adapted import base_parameters, quantised_layers
 from deltatune.models.blocks import stacks
 from deltatune.models.part import Part
-from deltatune.models.roles import ALIASES, Role, base_layers, linear_roles
-from deltatune.models.targets import below
+from deltatune.models.roles import ALIASES, Role, base_layers, linear_roles, survey
+from deltatune.models.targets import below, within
 from deltatune.weights import QuantisedLinear
 
 
@@ -58,7 +58,8 @@ def put_selection(model: nn.Module, method: Selection, head: tuple[str, ...]) ->
 
     Raises `UserError` for stored codes, which cannot train, and where nothing at all would.
     """
-    described, codes = _described(model, head)
+    every, codes = _described(model)
+    described = {seen: parameter for seen, parameter in every.items() if not below(seen.names[0], head)}
     chosen = set(method.select([*described, *codes]))
     if not (chosen or head or isinstance(method, NoTraining)):
         raise UserError(
@@ -73,25 +74,30 @@ def put_selection(model: nn.Module, method: Selection, head: tuple[str, ...]) ->
     return Selected(method, {seen.names[0]: described[seen] for seen in described if seen in chosen})
 
 
+@survey
 def _described(
-    model: nn.Module, head: tuple[str, ...]
+    model: nn.Module,
 ) -> tuple[dict[BaseParameter, nn.Parameter], dict[BaseParameter, QuantisedLinear]]:
-    """Each parameter of the base outside of the head, as selections see it; and each weight that is stored in codes."""
-    own = {parameter: name for name, parameter in base_parameters(model).items() if not below(name, head)}
+    """Each parameter of the base as selections see it, the head's, too; and each weight that is stored in codes."""
+    own = list(base_parameters(model).values())
     names: dict[nn.Parameter, list[str]] = {parameter: [] for parameter in own}
     words: dict[nn.Parameter, set[str]] = {parameter: set() for parameter in own}
-    roles, blocks = linear_roles(model), [block for stack in stacks(model) for block in stack]
+    roles = linear_roles(model)
+    blocks = {block: number for number, block in enumerate(block for stack in stacks(model) for block in stack)}
+
+    def block_of(path: str) -> int | None:
+        return next((blocks[outer] for outer in within(path) if outer in blocks), None)
+
     for path, module in base_layers(model):
         for name, parameter in module.named_parameters(recurse=False):
-            if parameter in own:
+            if parameter in names:
                 names[parameter].append(f"{path}.{name}" if path else name)
-                words[parameter] |= _words(module, name, roles.get(path, "other"), below(path, blocks))
+                words[parameter] |= _words(module, name, roles.get(path, "other"), block_of(path) is not None)
     tokens = model.get_input_embeddings() if isinstance(model, PreTrainedModel) else None
     vocabulary = getattr(tokens, "weight", None)
 
     def seen(names: tuple[str, ...], words: set[str]) -> BaseParameter:
-        block = next((number for number, block in enumerate(blocks) if below(names[0], [block])), None)
-        return BaseParameter(names, frozenset(words), block)
+        return BaseParameter(names, frozenset(words), block_of(names[0]))
 
     described = {
         seen(tuple(names[parameter]), words[parameter] | ({"token-embedding"} if parameter is vocabulary else set())): (
@@ -100,7 +106,7 @@ def _described(
         for parameter in own
     }
     codes = {
-        seen((f"{path}.weight",), _words(layer, "weight", roles[path], below(path, blocks))): layer
+        seen((f"{path}.weight",), _words(layer, "weight", roles[path], block_of(path) is not None)): layer
         for path, layer in quantised_layers(model).items()
     }
     return described, codes

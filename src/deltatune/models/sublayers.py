@@ -44,15 +44,13 @@ def in_blocks(model: nn.Module, method: BlockInsert, matched: Matched, roles: Ma
     return Matched(kept)
 
 
-def begin_of(path: str, roles: Mapping[str, Role]) -> str:
-    """The layer that takes in the feed-forward sub-layer that the one at `path` ends; empty where there is none."""
-    if roles[path] != "down":
-        return ""
-    begins: dict[Role, str] = {}
-    for other, role in roles.items():
-        if _sub_layer(other) == _sub_layer(path):
-            begins.setdefault(role, other)
-    return begins.get("up", begins.get("gate", ""))  # both read the same
+def beginnings(roles: Mapping[str, Role]) -> dict[str, str]:
+    """The layer that takes in each feed-forward sub-layer, by the path of the layer that ends it; where both are."""
+    parts: dict[str, dict[Role, str]] = {}
+    for path, role in roles.items():
+        parts.setdefault(_sub_layer(path), {}).setdefault(role, path)
+    begin = {part: found.get("up", found.get("gate", "")) for part, found in parts.items()}  # both read the same
+    return {path: begin[_sub_layer(path)] for path, role in roles.items() if role == "down"}
 
 
 def _refuse_gaps(method: str, end: Role, blocks: Sequence[str], roles: Mapping[str, Role]) -> None:

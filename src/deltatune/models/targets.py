@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from deltatune.errors import UserError
 from deltatune.methods import Targets
-from deltatune.models.roles import ALIASES, EMBEDDINGS, Role, embedding_roles, linear_roles
+from deltatune.models.roles import ALIASES, EMBEDDINGS, Role, embedding_roles, linear_roles, survey
 
 ALL = "all-linear"
 
@@ -37,10 +37,16 @@ def adaptable(model: nn.Module, head: Iterable[str] = (), embeddings: bool = Fal
 
     With `embeddings` the plain embeddings, too.
     """
-    vocabulary = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    outside = (*head, *(path for path, module in model.named_modules() if module is vocabulary and path))
+    outside = (*head, *_vocabulary(model))
     roles = {**linear_roles(model), **(embedding_roles(model) if embeddings else {})}
     return {path: role for path, role in roles.items() if not below(path, outside)}
+
+
+@survey
+def _vocabulary(model: nn.Module) -> list[str]:
+    """The paths of the output embedding."""
+    layer = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return [path for path, module in model.named_modules() if module is layer and path]
 
 
 def match(model: nn.Module, roles: Mapping[str, Role], targets: Targets) -> Matched:
@@ -59,6 +65,11 @@ def match(model: nn.Module, roles: Mapping[str, Role], targets: Targets) -> Matc
 def below(path: str, parents: Iterable[str]) -> bool:
     """Whether a module or parameter path is one of `parents` or lies inside one."""
     return any(path == parent or path.startswith(parent + ".") for parent in parents)
+
+
+def within(path: str) -> list[str]:
+    """A path and all that it lies inside of, the outermost first: `a.b` → `a`, `a.b`."""
+    return [path[:end] for end, letter in enumerate(path) if letter == "."] + [path]
 
 
 def _match(model: nn.Module, entry: str, roles: Mapping[str, Role]) -> tuple[str, ...]:

@@ -26,6 +26,8 @@ class Foreseen:
     settings: Training
     storage: Storages
     machine: Machine
+    forked: bool = False
+    """Whether it is a run of a comparison."""
 
 
 def foresee(
@@ -42,7 +44,7 @@ def foresee(
     """Plans a run on this machine, or on the given one. Raises `UserError` as the run itself would."""
     machine = machine or this_machine()
     made = plan_run(place, data, method, settings, storage=storage, seed=seed, forked=forked, machine=machine)
-    return Foreseen(made, place, data, method, settings, storage, machine)
+    return Foreseen(made, place, data, method, settings, storage, machine, forked)
 
 
 def refuse_unfit(foreseen: Foreseen) -> None:
@@ -55,7 +57,7 @@ def refuse_unfit(foreseen: Foreseen) -> None:
         f"this run would take {foreseen.plan.memory.peak / 1e9:.1f} GB while {foreseen.plan.memory.fullest}, and there "
         f"are {most / 1e9:.1f} GB",
         (f"these would fit: {'; '.join(fitting)}" if fitting else "take a smaller base")
-        + "; `deltatune tune --force` tries it all the same",
+        + "; --force tries it all the same",
     )
 
 
@@ -72,8 +74,9 @@ def _nearest(foreseen: Foreseen) -> Iterator[tuple[str, Plan]]:
     less = settings.model_copy(update={"gradient_checkpointing": True, "batch_tokens": max(1, half // 4)})
     tries = [(words, settings.model_copy(update=change), foreseen.storage) for words, change in changes.items()]
     if isinstance(foreseen.method, OverLayers) and not foreseen.storage:
-        tries.append(("--storage nf4", settings, "nf4"))
-        both = f"--storage nf4 --training gradient_checkpointing=true --training batch_tokens={max(1, half // 4)}"
+        quantised = "storage=nf4 of the method" if foreseen.forked else "--storage nf4"
+        tries.append((quantised, settings, "nf4"))
+        both = f"{quantised} --training gradient_checkpointing=true --training batch_tokens={max(1, half // 4)}"
         tries.append((both, less, "nf4"))
     for words, changed, storage in tries:
         if changed.batch_tokens < 1:
@@ -81,5 +84,7 @@ def _nearest(foreseen: Foreseen) -> Iterator[tuple[str, Plan]]:
         near = replace(foreseen, settings=changed, storage=storage)
         yield (
             words,
-            plan_run(near.place, near.data, near.method, changed, storage=storage, machine=near.machine),
+            plan_run(
+                near.place, near.data, near.method, changed, storage=storage, machine=near.machine, forked=near.forked
+            ),
         )

@@ -19,6 +19,7 @@ from deltatune.methods import METHODS, Method, make, parse
 from deltatune.models.base import Base, Place, read_tokenizer, tasks
 from deltatune.models.count import Counted, count_on
 from deltatune.models.quantise import Storages
+from deltatune.models.roles import unchanged
 from deltatune.planning.bases import planned_base, planned_outline
 from deltatune.planning.calibration import this_machine
 from deltatune.planning.machine import Machine, read_machine
@@ -146,15 +147,16 @@ def plan(
         steps = math.ceil(math.ceil(examples / shape.examples) * settings.epochs / settings.accumulate)
     shared = _shared(place, outline, settings, shape, shape.scaled(SCORED_TOKENS), steps, storage, machine)
     found: list[Plan | Refused] = []
-    for words, method in _chosen(methods):
-        try:
-            if isinstance(method, UserError):
-                raise method
-            found.append(_plan(words, method, shared, explain))
-        except UserError as error:
-            if methods != "all":
-                raise
-            found.append(Refused(words, error.message))
+    with unchanged(outline):
+        for words, method in _chosen(methods):
+            try:
+                if isinstance(method, UserError):
+                    raise method
+                found.append(_plan(words, method, shared, explain))
+            except UserError as error:
+                if methods != "all":
+                    raise
+                found.append(Refused(words, error.message))
     return found
 
 
@@ -254,7 +256,7 @@ def _plan(words: str, method: Method, shared: _Planned, explain: bool) -> Plan:
         trained=counted.trainable,
         scoring=shared.scoring,
         checkpoint=settings.gradient_checkpointing,
-        short=not machine.cuda,
+        plain=(*settings.plain, "attention") if machine.cuda else settings.plain,
         explain=explain,
     )
     held = {id(tensor): tensor for tensor in (*shared.outline.parameters(), *shared.outline.buffers())}

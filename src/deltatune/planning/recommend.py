@@ -6,7 +6,7 @@ which is named as such. A trial is evidence of one's own: a few steps of the nea
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, get_args
@@ -98,12 +98,7 @@ def recommend(
     ranked = _ranked(found, goal)
     if trial:
         chosen = [one for one in ranked if not one.out][:3]
-        scores = {one.words: _trial(one, base, data, settings, trial / len(chosen)) for one in chosen}
-        tried = f"a trial of {trial / max(1, len(chosen)):.0f} s"
-        found = [
-            Candidate(**{**vars(one), "quality": scores[one.words], "evidence": tried}) if one.words in scores else one
-            for one in ranked
-        ]
+        found = [_tried(one, base, data, settings, trial / len(chosen)) if one in chosen else one for one in ranked]
         ranked = _ranked(found, goal)
     return _marked(ranked)
 
@@ -120,7 +115,9 @@ def _candidate(
     name, _, storage = words.partition("@")
     scores = measured.get(words, [])
     quality = fmean(scores) if scores else None
-    evidence = f"measured in {len(scores)} runs" if scores else f"guide: {GUIDE[words][1]}"
+    evidence = (
+        f"measured in {len(scores)} run{'s' if len(scores) > 1 else ''}" if scores else f"guide: {GUIDE[words][1]}"
+    )
     try:
         method = make(*parse(name))
         plan = plan_run(base, data, method, settings, storage=storage, machine=machine)
@@ -169,7 +166,7 @@ def _marked(ranked: Sequence[Candidate]) -> list[Candidate]:
             for other in inside
         )
 
-    return [Candidate(**{**vars(one), "pareto": one in inside and not beaten(one)}) for one in ranked]
+    return [replace(one, pareto=one in inside and not beaten(one)) for one in ranked]
 
 
 def _evidence(runs: Iterable[Path], data: str) -> dict[str, list[float]]:
@@ -188,6 +185,15 @@ def _evidence(runs: Iterable[Path], data: str) -> dict[str, list[float]]:
             words = "@".join([result["method"], *storages][:2])
             found.setdefault(words, []).append(float(result["test"][result["metric"]]))
     return found
+
+
+def _tried(one: Candidate, base: str, data: TextData | DialogueData, settings: Training, budget: float) -> Candidate:
+    """The candidate with what a trial of so many seconds found: its quality, or why it is out."""
+    try:
+        quality = _trial(one, base, data, settings, budget)
+    except UserError as error:  # it diverges, say
+        return replace(one, out=f"its trial failed: {error.message}")
+    return replace(one, quality=quality, evidence=f"a trial of {budget:.0f} s")
 
 
 def _trial(one: Candidate, base: str, data: TextData | DialogueData, settings: Training, budget: float) -> float:

@@ -1,16 +1,15 @@
 """A rehearsal: a training step and a scored batch of a base with a method, run on shapes alone (see `tracing.py`).
 
-The blocks of a model are alike, so a deep one is rehearsed with few of them: what one block more costs, times the
-blocks left out, is what they cost. That this holds is checked by the trained parameters, which are counted exactly;
-where it does not (a target names one block in the middle), all blocks are rehearsed.
+The blocks of a model are alike, so a deep one is rehearsed with few of them, and one of these stands for those that
+were left out. That this holds is checked by the trained parameters, which are counted exactly; where it does not (a
+target names one block in the middle), all blocks are rehearsed.
 """
 
 import copy
 import logging
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -19,30 +18,27 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deltatune.data.batches import Batch
-from deltatune.dropout import replace_dropout
 from deltatune.errors import UserError
-from deltatune.methods import Method
-from deltatune.models import short_attention
-from deltatune.models.attach import attach, penalty, trainable_parameters
+from deltatune.methods import Method, SoftPrompt
+from deltatune.models.attach import attach, parts_of, penalty, trainable_parameters
 from deltatune.models.base import Base, quiet
 from deltatune.models.blocks import stacks
-from deltatune.models.norms import replace_norms
-from deltatune.planning.tracing import Shape, Trace, Traced, shaped
-from deltatune.training.attention import SHORT
+from deltatune.models.targets import below
+from deltatune.planning.tracing import Repeat, Shape, Trace, Traced, shaped
 from deltatune.training.checkpointing import checkpointing
 from deltatune.training.classification import Classification
 from deltatune.training.language import LanguageModelling
 from deltatune.training.modes import SCORED_TOKENS
+from deltatune.training.pieces import Piece, quicken
 from deltatune.training.pooled import end_of_attention, first_token_alone
 from deltatune.training.precision import Computed, prepare
 from deltatune.training.prefix import Prefix
+from deltatune.training.task import Task
 from deltatune.weights import scratch_apart
 
-_FEW = 8
-"""Blocks up to which a model is rehearsed as it is."""
-_DEPTHS = (2, 4)
-"""With how many blocks of each stack a deep model is rehearsed, first; then with one more. What goes into the first
-block is not yet what a block leaves behind, so one block alone would say too much of the others."""
+_CUTS = ((3, 1), (5, 1), (5, 3))
+"""With how many blocks of each stack a deep model is rehearsed, and which of them stands for those left out: one
+between two others, since what goes into the first is not yet what a block leaves behind."""
 
 
 @dataclass(frozen=True)
@@ -91,31 +87,26 @@ def rehearse(
     trained: int,
     scoring: BatchShape | None = None,
     checkpoint: bool = False,
-    short: bool = True,
+    plain: Collection[Piece] = (),
     explain: bool = False,
 ) -> Rehearsed:
     """Rehearses a method on an outline, which is left as it is; `trained` is the exact count of what trains.
 
     `scoring` is the largest batch of a validation; left out, one of the same lengths.
-    `short`: whether the machine runs its own attention over short texts (see `training/attention.py`).
+    `plain`: the fast pieces that the run goes without (see `training/pieces.py`).
     """
-    large = scoring or batch.scaled(SCORED_TOKENS)
-    depths = [len(stack) for stack in stacks(base)]
-    deepest = max(depths, default=0)
-    for first in _DEPTHS:
-        if deepest <= _FEW or len(set(depths)) > 1:
-            break
-        try:
-            one, two = (
-                _rehearse(_cut(base, first + more), method, batch, large, precision, checkpoint, short, explain)
-                for more in (0, 1)
-            )
-        except UserError:  # what it wants of the model is not in so few blocks
-            continue
-        whole = _extended(one, two, deepest - first)
-        if round(whole.trained) == trained:
-            return whole
-    return _rehearse(copy.deepcopy(base), method, batch, large, precision, checkpoint, short, explain)
+    rehearsal = _Rehearsal(
+        method, batch, scoring or batch.scaled(SCORED_TOKENS), precision, trained, checkpoint, plain, explain
+    )
+    depths = {len(stack) for stack in stacks(base)}
+    for few, middle in _CUTS if len(depths) == 1 else ():
+        if (more := depths.copy().pop() - few) > 0:
+            with suppress(UserError):  # what it wants of the model is not in so few blocks
+                if found := rehearsal.of(_cut(base, few), middle, more):
+                    return found
+    whole = rehearsal.of(copy.deepcopy(base))
+    assert whole is not None, "nothing stands for anything else"
+    return whole
 
 
 def _cut(base: PreTrainedModel, blocks: int) -> PreTrainedModel:
@@ -130,82 +121,125 @@ def _cut(base: PreTrainedModel, blocks: int) -> PreTrainedModel:
             base.set_submodule(path, whole)
 
 
-def _extended(one: Rehearsed, two: Rehearsed, blocks: int) -> Rehearsed:
-    """What `blocks` blocks more than in `one` come to, where `two` has one more."""
+@dataclass(frozen=True)
+class _Rehearsal:
+    """What is rehearsed, whatever the number of blocks."""
 
-    def extended(a: float, b: float) -> float:
-        return a + blocks * (b - a)
+    method: Method
+    batch: BatchShape
+    large: BatchShape
+    precision: Computed
+    trained: int
+    checkpoint: bool
+    plain: Collection[Piece]
+    explain: bool
 
-    def traced(a: Traced, b: Traced) -> Traced:
-        return Traced(
-            Counter({work: extended(a.work[work], b.work[work]) for work in a.work | b.work}),
-            cast(Any, tuple(map(extended, a.peaks, b.peaks))),
-            extended(a.forward, b.forward),
-            extended(a.calls, b.calls),
-            Counter({name: extended(a.kept[name], b.kept[name]) for name in a.kept | b.kept}),
-        )
+    def of(self, model: PreTrainedModel, middle: int = 0, more: int = 0) -> Rehearsed | None:
+        """Rehearses it on a model of its own, whose block number `middle` stands for so many more of each stack.
 
-    return Rehearsed(
-        traced(one.step, two.step),
-        traced(one.scoring, two.scoring),
-        extended(one.frozen, two.frozen),
-        extended(one.trained, two.trained),
-    )
+        None where not as much would train as does: the blocks are not alike.
+        """
+        with scratch_apart(), _nothing_remembered(), quiet(), _silent():
+            with Trace():
+                attach(model, self.method)
+            blocks = [stack[middle : middle + 2] for stack in stacks(model)] if more else []
+            parameters = trainable_parameters(model)
+            numbers = sum(parameter.numel() for parameter in parameters.values())
+            one = _held_by([block for block, _ in blocks], model)
+            each = sum(tensor.numel() for tensor in one if tensor.requires_grad)
+            soft = all(isinstance(part, SoftPrompt) for part in parts_of(self.method))  # has the same for every block
+            if numbers + more * each != self.trained and not (soft and more):
+                return None
+            task = self._prepared(model)
+            step = self._step(model, task, blocks, more)
+            scored = self._scored(model, task, blocks, more)
+            held = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+            one = _held_by([block for block, _ in blocks], model)
+            frozen = sum(t.nbytes for t in held.values()) - 4 * numbers
+            return Rehearsed(step, scored, frozen + more * (sum(t.nbytes for t in one) - 4 * each), self.trained)
 
-
-def _rehearse(
-    model: PreTrainedModel,
-    method: Method,
-    batch: BatchShape,
-    large: BatchShape,
-    precision: Computed,
-    checkpoint: bool,
-    short: bool,
-    explain: bool,
-) -> Rehearsed:
-    with scratch_apart(), _nothing_remembered(), quiet(), _silent():
-        with Trace():
-            attach(model, method)
-        prepare(model, precision)
-        replace_dropout(model)
-        replace_norms(model)
-        if short and batch.length <= SHORT:
-            model.set_attn_implementation(short_attention.NAME)
+    def _prepared(self, model: PreTrainedModel) -> Task:
+        prepare(model, self.precision)
+        quicken(model, self.batch.length, self.plain)
         shaped(model)
-        generation = model.can_generate()
         base = Base(model, cast(Any, None), "", "")
-        task = (
-            LanguageModelling(base, precision, chunked=True, packed=False)
-            if generation
-            else Classification(base, precision)
+        task: Task = (
+            LanguageModelling(base, self.precision, chunked=True, packed=False)
+            if model.can_generate()
+            else Classification(base, self.precision)
         )
-        parameters = trainable_parameters(model)
-        with Trace() as frozen_below:
+        with Trace():
             model.train()
-            one = _batch(replace(batch, examples=1, scored=min(batch.scored, batch.length)), model)
+            one = _batch(replace(self.batch, examples=1, scored=min(self.batch.scored, self.batch.length)), model)
             Prefix(model).freeze(lambda: task.run(one))
-        del frozen_below
-        first = nullcontext() if generation or end_of_attention(model) is None else first_token_alone(model)
-        with Trace(batch.scored, model) as stepping, first, checkpointing(model, checkpoint), ExitStack() as hooks:
-            if explain:
-                stepping.places = _places(model, hooks)
-            if parameters:
-                task.backward(_batch(batch, model), 1)
+        return task
+
+    def _step(self, model: PreTrainedModel, task: Task, blocks: list[list[str]], more: int) -> Traced:
+        whole = "pooled" in self.plain or model.can_generate() or end_of_attention(model) is None
+        alone = nullcontext() if whole else first_token_alone(model)
+        trace = Trace(self.batch.scored, model)
+        with trace, alone, checkpointing(model, self.checkpoint), ExitStack() as hooks:
+            if self.explain:
+                trace.places = _places(model, hooks)
+            _repeat(trace, model, blocks, more, hooks)
+            if trainable_parameters(model):
+                task.backward(_batch(self.batch, model), 1)
+                begin = trace.now
                 if (extra := penalty(model)) is not None:
                     extra.backward()  # type: ignore[no-untyped-call]
+                if more:  # a penalty is about all blocks
+                    trace.repeats.append(Repeat(more / len(stacks(model)[0]), [begin, trace.now, trace.now]))
         model.zero_grad()
+        return trace.traced
+
+    def _scored(self, model: PreTrainedModel, task: Task, blocks: list[list[str]], more: int) -> Traced:
         model.eval()
-        with Trace(large.scored, model) as scoring, torch.no_grad():  # views of shapes do not work in inference mode
+        trace = Trace(self.large.scored, model)
+        with trace, torch.no_grad(), ExitStack() as hooks:  # views of shapes do not work in inference mode
+            _repeat(trace, model, blocks, more, hooks)
             if isinstance(task, LanguageModelling):
-                hidden, targets, _ = task._scored(_batch(large, model))
+                hidden, targets, _ = task._scored(_batch(self.large, model))
                 for rows, _ in task._chunks(hidden, targets):
                     task._logits(rows).float()
             else:
-                task.run(_batch(large, model)).float()
-        held = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-        total = sum(tensor.nbytes for tensor in held.values())
-        numbers = sum(parameter.numel() for parameter in parameters.values())
-        return Rehearsed(stepping.traced, scoring.traced, total - 4 * numbers, numbers)
+                task.run(_batch(self.large, model)).float()
+        return trace.traced
+
+
+def _held_by(blocks: list[str], model: nn.Module) -> list[torch.Tensor]:
+    """The parameters and buffers that these blocks alone hold."""
+    within, outside = dict[int, torch.Tensor](), set[int]()
+    for path, module in model.named_modules(remove_duplicate=False):
+        held = [one for one in (*module._parameters.values(), *module._buffers.values()) if one is not None]
+        if below(path, blocks):
+            within.update((id(one), one) for one in held)
+        else:
+            outside.update(map(id, held))
+    return [tensor for key, tensor in within.items() if key not in outside]
+
+
+def _repeat(trace: Trace, model: nn.Module, blocks: list[list[str]], times: int, hooks: ExitStack) -> None:
+    """Lets the first block of each pair be traced so many times more, from its beginning to that of the second."""
+    for pair in blocks:
+        trace.repeats.append(Repeat(times))
+
+        def enter(_: Any, args: Any, kwargs: Any, repeat: Repeat = trace.repeats[-1]) -> None:
+            if torch._C._current_graph_task_id() != -1:  # it is computed again
+                return
+            repeat.forward.append(trace.now)
+            values = (*args, *kwargs.values())
+            x = next(one for one in values if isinstance(one, torch.Tensor) and one.is_floating_point())
+            if x.requires_grad:
+                x.register_hook(lambda _: repeat.backward.append(trace.now))  # type: ignore[no-untyped-call]
+
+        def leave(*_: Any, repeat: Repeat = trace.repeats[-1]) -> None:
+            if torch._C._current_graph_task_id() == -1:
+                repeat.forward.append(trace.now)
+
+        first, second = map(model.get_submodule, pair)
+        hooks.callback(first.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        hooks.callback(second.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        hooks.callback(second.register_forward_hook(leave).remove)
 
 
 def _batch(shape: BatchShape, model: PreTrainedModel) -> Batch:

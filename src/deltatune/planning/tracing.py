@@ -11,11 +11,12 @@ What depends on numbers is answered by the caller's word: how many tokens of a b
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -78,20 +79,14 @@ class Traced:
 
     work: Counter[Work] = field(default_factory=Counter)
     """How often each operation ran. Views of what is there are not counted."""
-    peaks: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """Most bytes that were alive at once in the forward pass, and in each half of the backward pass; what was there
-    before the trace is left out."""
+    peak: float = 0.0
+    """Most bytes that were alive at once; what was there before the trace is left out."""
     forward: float = 0.0
     """Bytes that were alive when the backward pass began: what is kept for it."""
     calls: float = 0.0
     """Operations in all, views among them."""
     kept: Counter[str] = field(default_factory=Counter)
     """Bytes that lived when the backward pass began, by the module that made them; empty where nobody asked."""
-
-    @property
-    def peak(self) -> float:
-        """Most bytes that were alive at once."""
-        return max(self.peaks)
 
     @property
     def flops(self) -> float:
@@ -110,26 +105,63 @@ PRODUCTS: Mapping[str, Callable[..., tuple[int, ...]]] = {
 """The operations that multiply matrices, with their sizes."""
 
 
+@dataclass
+class Repeat:
+    """A stretch of a trace that stands for others like it: what ran in it is counted `times` more.
+
+    Places are numbers of operations. What it made and left alive is there as often, until that is gone.
+    """
+
+    times: float
+    forward: list[int] = field(default_factory=list)
+    """Where it begins; where it ends and the next one like it begins; where that one ends."""
+    backward: list[int] = field(default_factory=list)
+    """Where its backward pass begins and ends; empty where it has none."""
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """The stretches that ran."""
+        both = (self.forward[:2], self.backward[:2])
+        return [(span[0], span[1]) for span in both if len(span) == 2]
+
+
+class _Life(NamedTuple):
+    """The time in which a storage lives."""
+
+    born: int
+    """In which operation."""
+    gone: int
+    """The first operation without it."""
+    size: int
+    maker: str
+    """The module that ran when it was made, where somebody asked."""
+
+
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within the block every operation is run on shapes and noted in `traced`."""
+    """Within the block every operation is run on shapes; `traced` then says what was seen."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # it compiles nothing: to make sure of that would take a tenth of a plan
 
     def __init__(self, scored: int | None = None, there: nn.Module | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.traced = Traced()
         self._scored = scored
-        self._live: dict[int, list[int]] = {}  # storage → bytes, tensors
-        self._now = 0
+        self._live: dict[int, _Storage] = {}
         for tensor in (*there.parameters(), *there.buffers()) if there is not None else ():
             if isinstance(tensor, Shape):  # is there before, and so are views of it
-                self._live[tensor.meta.untyped_storage()._cdata] = [0, 1]
+                self._live[tensor.meta.untyped_storage()._cdata] = _Storage(0, 0, "", 1)
         self._callbacks: dict[int, weakref.ref[Tensor]] = {}
-        self._highs = [0]
-        """What was alive at the highest in each operation."""
+        self._work: list[Work | None] = []
+        """What each operation was; None where it only was a call."""
+        self._lives: list[_Life] = []
+        """Of what is gone."""
         self._begun: int | None = None
-        """With which of them the backward pass began."""
+        """With which operation the backward pass began."""
+        self.repeats: list[Repeat] = []
         self.places: list[str] | None = None
         """The modules that run now, the innermost last, where the caller keeps them: what is kept is told by them."""
-        self._born: dict[int, str] = {}
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs one operation."""
@@ -138,10 +170,39 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __exit__(self, *exception: Any) -> None:
         """Ends the trace."""
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        before, after = self._highs[: self._begun], self._highs[self._begun :]
-        middle = len(after) // 2
-        parts = (before, after[:middle], after[middle:])
-        self.traced.peaks = cast(Any, tuple(float(max(part, default=0)) for part in parts))
+        self.traced = self._told()
+
+    @property
+    def now(self) -> int:
+        """How many operations have run."""
+        return len(self._work)
+
+    def _told(self) -> Traced:
+        end = self.now + 1
+        lives = [*self._lives, *(_Life(one.born, end, one.size, one.maker) for one in self._live.values())]
+        begun = end if self._begun is None else self._begun
+        work: Counter[Work] = Counter(one for one in self._work if one)
+        calls, alive = float(self.now), np.zeros(end + 1)
+        kept: Counter[str] = Counter()
+
+        def live(begin: int, until: int, size: float, maker: str) -> None:
+            alive[begin] += size
+            alive[until] -= size
+            if begin < begun < until:
+                kept[maker] += cast(int, size)
+
+        for one in lives:
+            live(*one)
+        for repeat in self.repeats:
+            for first, last in repeat.spans:
+                calls += repeat.times * (last - first)
+                for what, count in Counter(self._work[first:last]).items():
+                    if what:
+                        work[what] += cast(int, repeat.times * count)
+            for stretch in _left(repeat, lives, begun, end):
+                live(*stretch)
+        kept = +kept
+        return Traced(work, float(alive.cumsum().max()), float(kept.total()), calls, kept if self.places else Counter())
 
     def _run(self, operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         packet = operation._overloadpacket
@@ -155,30 +216,39 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         options = {name: _bare(value, known) for name, value in kwargs.items() if name != "pin_memory"}
         if packet is aten.index:
             inner[1] = _as_places(inner[1])
-        fresh, has_device = _form(operation)
-        if has_device and not any(value is _META for value in inner):
+        form = _form(operation)
+        if form.has_device and not any(value is _META for value in inner):
             options["device"] = _META
+        if form.writes:  # what it writes to is there, and its shape stays
+            out = inner[0] if form.writes is True else options[form.writes]
+            return self._wrap(out, known, operation, inner)
         with torch._C._DisableTorchDispatch():
-            out = _fresh(operation, inner, options) if fresh else operation(*inner, **options)
+            if form.fresh:
+                out, work = _fresh(operation, inner, options)
+                return self._wrap(out, known, operation, inner, work)
+            out = operation(*inner, **options)
             if torch.Tag.inplace_view in operation.tags:  # the shape itself has another form, too
                 operation(*args, **kwargs)
         return self._wrap(out, known, operation, inner)
 
     def _decode(self, args: Any) -> None:
         codes, *_, words, out, _ = args
-        self.traced.calls += 1
         numbers = out.numel()
         size = numbers * out.element_size() + codes.nbytes * numbers // max(1, codes.numel())
-        self.traced.work[Work(f"decode {words.partition(':')[0]}", out.dtype, (numbers,), size)] += 1
+        self._work.append(Work(f"decode {words.partition(':')[0]}", out.dtype, (numbers,), size))
 
-    def _wrap(self, out: Any, known: Mapping[int, Shape], operation: Any, inputs: list[Any]) -> Any:
+    def _wrap(
+        self, out: Any, known: Mapping[int, Shape], operation: Any, inputs: list[Any], work: Work | None = None
+    ) -> Any:
         if isinstance(out, Tensor):
             wrapped: Any = self._one(out, known)
         elif isinstance(out, (tuple, list)):
             wrapped = type(out)([self._one(one, known) if isinstance(one, Tensor) else one for one in out])
         else:
             wrapped = out
-        self._note(operation, inputs, out, known)
+        if self._begun is None and torch._C._current_graph_task_id() != -1:  # the first operation of a backward pass
+            self._begun = self.now
+        self._work.append(work or _work(operation, inputs, out))
         return wrapped
 
     def _one(self, meta: Tensor, known: Mapping[int, Shape]) -> Tensor:
@@ -195,48 +265,69 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         entry = self._live.get(key)
         if entry is None:
-            self._live[key] = entry = [storage.nbytes(), 0]
-            if self.places:
-                self._born[key] = self.places[-1]
-            self._now += entry[0]
-            self._highs[-1] = max(self._highs[-1], self._now)
-        entry[1] += 1
+            maker = self.places[-1] if self.places else ""
+            self._live[key] = entry = _Storage(len(self._work), storage.nbytes(), maker)
+        entry.tensors += 1
 
-        def gone(ref: Any, key: int = key, entry: list[int] = entry, me: int = id(made)) -> None:
+        def gone(ref: Any, key: int = key, entry: _Storage = entry, me: int = id(made)) -> None:
             self._callbacks.pop(me, None)
-            entry[1] -= 1
-            if not entry[1]:
+            entry.tensors -= 1
+            if not entry.tensors:
                 del self._live[key]
-                self._now -= entry[0]
+                self._lives.append(_Life(entry.born, len(self._work), entry.size, entry.maker))
 
         self._callbacks[id(made)] = weakref.ref(made, gone)
 
-    def _note(self, operation: Any, inputs: list[Any], out: Any, known: Mapping[int, Shape]) -> None:
-        traced = self.traced
-        traced.calls += 1
-        self._highs.append(self._now)
-        if self._begun is None and torch._C._current_graph_task_id() != -1:  # the first operation of a backward pass
-            self._begun = len(self._highs) - 1
-            traced.forward = self._now
-            if self.places is not None:
-                traced.kept = Counter()
-                for key, (size, _) in self._live.items():
-                    traced.kept[self._born.get(key, "")] += size
-        name = operation._overloadpacket.__name__
-        outputs = [one for one in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(one, Tensor)]
-        read = [one for one in inputs if isinstance(one, Tensor)]
-        read += [one for value in inputs if isinstance(value, list) for one in value if isinstance(one, Tensor)]
-        if name in PRODUCTS:
-            shape = PRODUCTS[name](*read)
-            size = sum(one.nbytes for one in (*read, *outputs))
-            traced.work[Work(name, outputs[0].dtype, shape, size)] += 1
-            return
-        if name in _VIEWS or (not outputs and not name.endswith("_")):
-            return
-        sizes = [one.nbytes for one in read]
-        written = max((one.numel() for one in (*outputs, *read)), default=0)
-        dtype = max((*outputs, *read), key=lambda one: one.nbytes, default=torch.empty(0)).dtype
-        traced.work[Work(name, dtype, (written,), sum(sizes) + sum(one.nbytes for one in outputs))] += 1
+
+@dataclass(slots=True)
+class _Storage:
+    """A storage that is alive."""
+
+    born: int
+    size: int
+    maker: str
+    tensors: int = 0
+
+
+def _left(repeat: Repeat, lives: Sequence[_Life], begun: int, end: int) -> Iterator[tuple[int, int, float, str]]:
+    """What the stretches that are not there have alive, and when, as if they had run right after the one that is."""
+    times = repeat.times
+    if len(repeat.forward) < 3:
+        return
+    first, last, following = repeat.forward
+    back, done = repeat.backward if len(repeat.backward) == 2 else (end, end)
+    kept, gradients = 0, 0
+    for one in lives:
+        left = times * one.size
+        if first <= one.born < last < one.gone:
+            if begun <= one.gone <= done < end:
+                yield first, back, left, one.maker  # the last of them runs beside what the others left
+                kept += one.size
+            elif one.gone > following:  # or else the next of them takes it away
+                yield first, one.gone, left, one.maker
+        elif back <= one.born < done and one.gone == end:
+            yield done, end, left, one.maker
+            gradients += one.size
+    if done < end:  # what the forward pass kept goes while gradients come
+        yield back, done, times * max(kept, gradients), ""
+
+
+def _work(operation: Any, inputs: list[Any], out: Any) -> Work | None:
+    """What an operation was; None for one that moves nothing."""
+    name = operation._overloadpacket.__name__
+    if name in _VIEWS:
+        return None
+    outputs = [one for one in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(one, Tensor)]
+    if not outputs and not name.endswith("_"):
+        return None
+    read = [one for one in inputs if isinstance(one, Tensor)]
+    read += [one for value in inputs if isinstance(value, list) for one in value if isinstance(one, Tensor)]
+    size = sum(one.nbytes for one in (*read, *outputs))
+    if name in PRODUCTS:
+        return Work(name, outputs[0].dtype, PRODUCTS[name](*read), size)
+    largest = max((*outputs, *read), key=lambda one: one.nbytes, default=torch.empty(0))
+    written = max((one.numel() for one in (*outputs, *read)), default=0)
+    return Work(name, largest.dtype, (written,), size)
 
 
 class _Quiet(Trace):  # type: ignore[no-untyped-call]
@@ -279,9 +370,11 @@ def _bare(value: Any, known: dict[int, Shape]) -> Any:
 
     No closure: one that calls itself is a cycle, and would keep every tensor until the garbage is collected.
     """
-    if isinstance(value, Shape):
+    if type(value) is Shape:
         known[id(value.meta)] = value
         return value.meta
+    if value is None or type(value) in _PLAIN:
+        return value
     if isinstance(value, Tensor):
         return value if value.device == _META or not value.ndim else value.to(_META)
     if isinstance(value, torch.device):
@@ -293,6 +386,9 @@ def _bare(value: Any, known: dict[int, Shape]) -> Any:
     return value
 
 
+_PLAIN = frozenset([int, float, bool, str, torch.dtype])
+
+
 def _as_places(indices: list[Tensor | None]) -> list[Tensor | None]:
     """Indices with places in the stead of masks, as many as these could have at most."""
     found: list[Tensor | None] = []
@@ -302,31 +398,55 @@ def _as_places(indices: list[Tensor | None]) -> list[Tensor | None]:
     return found
 
 
+class _Form(NamedTuple):
+    """What an operation does with memory."""
+
+    fresh: bool
+    """Whether all that it gives is new."""
+    has_device: bool
+    """Whether it is told a device."""
+    writes: bool | str
+    """Whether it gives its first argument, written over; or the name of the one that it gives."""
+
+
 @cache
-def _form(operation: Any) -> tuple[bool, bool]:
-    """Whether all that it gives is new memory, and whether it is told a device."""
+def _form(operation: Any) -> _Form:
     schema = operation._schema
     aliased = any(one.alias_info is not None for one in (*schema.arguments, *schema.returns))
     aliased |= operation._overloadpacket is aten._unsafe_view  # which says that it is not
-    return not aliased, any(one.name == "device" for one in schema.arguments)
+    has_device = any(one.name == "device" for one in schema.arguments)
+    written = [place for place, one in enumerate(schema.arguments) if one.alias_info is not None]
+    writes: bool | str = False
+    if operation.namespace == "aten" and len(written) == len(schema.returns) == 1:
+        one = schema.arguments[written[0]]
+        resizes = torch.Tag.inplace_view in operation.tags or operation._overloadpacket in _RESIZING
+        if one.alias_info.is_write and not resizes:
+            writes = one.name if one.kwarg_only else written[0] == 0
+    return _Form(not aliased, has_device, writes)
 
 
-_seen: dict[Any, Any] = {}
+_RESIZING = frozenset([aten.resize_, aten.resize_as_, aten.set_])
+
+
+_seen: dict[Any, tuple[Any, Work | None]] = {}
 """What operations gave for inputs of certain shapes: to look it up takes a tenth of the time of working it out."""
 
 
-def _fresh(operation: Any, args: list[Any], options: dict[str, Any]) -> Any:
-    """Runs an operation on meta tensors, or makes what it gave the last time for such ones."""
+def _fresh(operation: Any, args: list[Any], options: dict[str, Any]) -> tuple[Any, Work | None]:
+    """Runs an operation on meta tensors, or makes what it gave the last time for such ones; and what it was."""
     key = (operation, *map(_key, args), *((name, _key(value)) for name, value in options.items()))
     try:
         found = _seen.get(key)
     except TypeError:
-        return operation(*args, **options)
+        return operation(*args, **options), None
     if found is None:
         out = operation(*args, **options)
-        _seen[key] = _recipe(out)
-        return out
-    return _made(found)
+        work, recipe = _work(operation, args, out), _recipe(out)
+        if recipe is not None:
+            _seen[key] = recipe, work
+        return out, work
+    recipe, work = found
+    return _made(recipe), work
 
 
 def _key(value: Any) -> Any:

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import get_args
 
 from deltatune.errors import UserError
 
@@ -40,6 +41,13 @@ class Planned:
     """Of all steps together."""
     machine: str
     """What the plan knew of the machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unplanned:
+    """No plan could be made of the run, which goes on without."""
+
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +99,10 @@ class Finished:
     """The step whose weights were kept."""
 
 
-Event = Planned | Started | Step | Evaluated | Finished
+Event = Planned | Unplanned | Started | Step | Evaluated | Finished
 Listener = Callable[[Event], None]
 
-_KINDS: dict[str, type[Event]] = {kind.__name__.lower(): kind for kind in (Planned, Started, Step, Evaluated, Finished)}
+_KINDS: dict[str, type[Event]] = {kind.__name__.lower(): kind for kind in get_args(Event)}
 
 
 class EventFile:

@@ -110,6 +110,8 @@ class Prefix:
 def _frozen(model: PreTrainedModel, run: Run) -> tuple[list[list[nn.Module]], list[nn.Module]]:
     """The leading blocks of each stack whose output needs no gradient; all that runs until the last of them ends."""
     blocks = [[model.get_submodule(path) for path in stack] for stack in stacks(model)]
+    if all(any(parameter.requires_grad for parameter in first.parameters()) for first, *_ in blocks):
+        return [], []  # nothing lies below a first block
     called: list[tuple[nn.Module, bool]] = []  # with whether its output needs a gradient
 
     def see(module: nn.Module, _: Any, output: Any) -> None:
