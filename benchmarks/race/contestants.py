@@ -4,8 +4,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-ALLOCATOR = {"GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=68719476736"}
-"""glibc keeps what is freed instead of giving it back, so that large temporaries need no fresh pages."""
+ALLOCATOR = {
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=68719476736",
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+"""glibc keeps what is freed instead of giving it back, so that large temporaries need no fresh pages; PyTorch asks for
+large pages, as ours does by itself."""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 The public names, each imported when it is first used, so that `import deltatune` costs nothing.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,9 @@ if TYPE_CHECKING:
     from deltatune.scoring import TextScores, score_texts
     from deltatune.training.settings import Training
     from deltatune.training.tune import Tuned, tune
+
+# PyTorch reads this when it first takes memory: large tensors lie in large pages, which a CPU finds faster. 0 is off.
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 _HOMES = {
     "deltatune.comparing.compare": ("Comparison", "compare"),

@@ -335,17 +335,17 @@ def low_rank(
 ) -> Float[Tensor, "tokens out"]:
     """x·Wᵀ + b + scale·(z·Aᵀ)·Bᵀ in the type of x, where z is the dropped input, or x itself when it is None.
 
-    Kept for backward: z, z·Aᵀ, and A and B in the type of x.
+    Kept for backward: z, z·Aᵀ, and A and scale·B in the type of x.
     """
-    A, B = A.to(x.dtype), B.to(x.dtype)
-    y: Tensor = _LowRank.apply(x, z, weight, bias, A, B, scale)  # type: ignore[no-untyped-call]
+    A, B = A.to(x.dtype), (scale * B).to(x.dtype)
+    y: Tensor = _LowRank.apply(x, z, weight, bias, A, B)  # type: ignore[no-untyped-call]
     return y
 
 
 class _LowRank(torch.autograd.Function):
-    """The thin products beside the frozen one.
+    """The thin products beside the frozen one; B has the scale in it.
 
-    Backward, with h = z·Aᵀ and dh = s·dy·B:   dx = dy·W (+ dh·A),  dz = dh·A,  dA = dhᵀ·z,  dB = s·dyᵀ·h,  db = Σ dy
+    Backward, with h = z·Aᵀ and dh = dy·B:   dx = dy·W (+ dh·A),  dz = dh·A,  dA = dhᵀ·z,  dB = dyᵀ·h,  db = Σ dy
     """
 
     @staticmethod
@@ -357,23 +357,22 @@ class _LowRank(torch.autograd.Function):
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
-        scale: float,
     ) -> Tensor:
         branch = x if z is None else z
         h = branch @ A.T  # (tokens, rank)
         ctx.save_for_backward(branch, A, B, h)
-        ctx.weight, ctx.scale, ctx.dropped = weight, scale, z is not None
-        return weight.matmul(x, bias).addmm_(h, B.T, alpha=scale)
+        ctx.weight, ctx.dropped = weight, z is not None
+        return weight.matmul(x, bias).addmm_(h, B.T)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         branch, A, B, h = ctx.saved_tensors
         wants_x, wants_z, _, wants_bias, *_ = ctx.needs_input_grad
-        dh = (dy @ B).mul_(ctx.scale)  # (tokens, rank)
+        dh = dy @ B  # (tokens, rank)
         dx = ctx.weight.matmul_transposed(dy) if wants_x else None
         dz = dh @ A if wants_z else None
         if dx is not None and not ctx.dropped:
             dx.addmm_(dh, A)
         bias = dy.sum(0) if wants_bias else None
         # (hᵀ·dy)ᵀ reads dy row by row: half the time of dyᵀ·h.
-        return dx, dz, None, bias, dh.T @ branch, (h.T @ dy).mul_(ctx.scale).T, None
+        return dx, dz, None, bias, dh.T @ branch, (h.T @ dy).T
