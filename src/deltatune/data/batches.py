@@ -3,8 +3,8 @@
 An epoch is shuffled, cut into windows, each window sorted by length and cut into batches that fit the budget, and the
 batches are shuffled again. Which examples meet is random to the size of a window; the same seed gives the same order.
 
-Rows have a multiple of 8 tokens: for every new shape the library of a processor makes new kernels, which takes time and
-stays in memory.
+Few shapes occur: for every new one the library of a processor makes new kernels, which takes time and stays in memory.
+Rows have a multiple of 8 tokens, and as many rows as fit are together: longest first, so that the first says how many.
 """
 
 from collections.abc import Sequence
@@ -54,16 +54,16 @@ def epoch(lengths: Sequence[int], budget: int, generator: np.random.Generator) -
     padded = _padded_lengths(lengths)
     batches: list[list[int]] = []
     for start in range(0, len(order), _WINDOW):
-        window = sorted(order[start : start + _WINDOW].tolist(), key=lambda place: lengths[place])
+        window = sorted(order[start : start + _WINDOW].tolist(), key=lambda place: -lengths[place])
         batches += in_order(padded, budget, window)
     return [batches[place] for place in generator.permutation(len(batches))]
 
 
 def in_order(lengths: Sequence[int], budget: int, places: Sequence[int]) -> list[list[int]]:
-    """Cuts `places`, sorted by length, into batches that fit the budget."""
+    """Cuts `places`, the longest first, into batches that fit the budget."""
     batches: list[list[int]] = []
     for place in places:
-        if batches and (len(batches[-1]) + 1) * lengths[place] <= budget:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= budget:
             batches[-1].append(place)
         else:
             batches.append([place])
@@ -104,7 +104,8 @@ def collate_sequences(sequences: Sequences, places: Sequence[int], pad: int) -> 
 
 def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Every example once, sorted by length, in batches that fit the budget: for scoring, in which order is nothing."""
-    return in_order(_padded_lengths(lengths), budget, sorted(range(len(lengths)), key=lengths.__getitem__))
+    longest_first = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    return in_order(_padded_lengths(lengths), budget, longest_first)
 
 
 def _padded_lengths(lengths: Sequence[int]) -> list[int]:

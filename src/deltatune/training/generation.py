@@ -214,7 +214,7 @@ def _room(model: PreTrainedModel, prompts: Sequence[Ids], decoding: Decoding) ->
 def _batches(prompts: Sequence[Ids], room: Sequence[int], decoding: Decoding) -> Iterator[list[int]]:
     """Places of prompts of like length, with the same room, so that none is cut short for the sake of another."""
     sizes = [decoding.beams * (len(prompt) + new) for prompt, new in zip(prompts, room, strict=True)]
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     for _, places in groupby(order, key=room.__getitem__):
         yield from in_order(sizes, decoding.batch_tokens, list(places))
 
