@@ -7,6 +7,7 @@ import deltatune
 from deltatune import UserError
 from deltatune.models.base import Base
 from deltatune.training.doctor import examine_base, examine_machine
+from deltatune.training.pieces import PIECES
 from deltatune.training.profile import PARTS, Profile, _product_seconds, profile_step
 from tiny import tiny_language_model, tiny_model, tokenizer
 
@@ -85,14 +86,31 @@ def test_what_is_used_on_this_machine_is_said_with_its_reason() -> None:
     assert all(finding.why for finding in findings.values())
 
 
-def test_the_attention_of_a_base_is_said_and_a_fall_back_as_well(monkeypatch) -> None:
-    base = Base(tiny_model("bert"), tokenizer("bert"), "mine", "")
-    [fast] = examine_base(base, 32)
-    assert (fast.what, fast.chosen) == ("attention of mine", "deltatune_short")
-    [long] = examine_base(Base(tiny_model("bert"), tokenizer("bert"), "mine", ""), 2048)
-    assert (long.chosen, long.why) == ("sdpa", "texts have 2048 tokens")
-    monkeypatch.setattr("deltatune.training.attention.short_attention.NAME", "sdpa")
+def said_of(model, name: str, length: int = 32) -> dict[str, tuple[str, str]]:
+    findings = examine_base(Base(model, tokenizer(name), "mine", ""), length)
+    return {finding.what.removesuffix(" of mine"): (finding.chosen, finding.why) for finding in findings}
+
+
+@pytest.mark.parametrize(
+    ("name", "fast"),
+    [
+        ("bert", {"attention", "dropout", "pooled"}),
+        ("distilbert", {"attention", "dropout"}),
+        ("llama", {"attention", "norms", "packing"}),
+        ("t5", {"attention", "dropout", "norms"}),
+    ],
+)
+def test_every_fast_piece_is_said_with_its_reason(name: str, fast: set[str]) -> None:
+    said = said_of(tiny_model(name) if "bert" in name else tiny_language_model(name), name)
+    assert {piece for piece, (chosen, _) in said.items() if chosen in ("fast", "deltatune_short")} == fast
+    assert {*said} == {*PIECES}
+    assert all(why for _, why in said.values())
+
+
+def test_texts_that_are_too_long_and_an_attention_that_differs_are_told_apart(monkeypatch) -> None:
+    chosen, why = said_of(tiny_model("bert"), "bert", 2048)["attention"]
+    assert (chosen, why) == ("sdpa", "texts have 2048 tokens, and it is for 256 at most")
     monkeypatch.setattr("torch.allclose", lambda *_, **__: False)
-    [back] = examine_base(Base(tiny_model("bert"), tokenizer("bert"), "mine", ""), 32)
-    assert back.chosen == "eager"
-    assert "does not give" in back.why
+    chosen, why = said_of(tiny_model("bert"), "bert")["attention"]
+    assert chosen == "eager"
+    assert "does not give" in why

@@ -53,14 +53,14 @@ def command(
         from deltatune.training.doctor import examine_base, examine_machine
 
         findings, found = examine_machine(), None
+        name = base or "minilm"
         if base or profile:
-            loaded = load(base or "minilm", labels=_labels(base or "minilm"), storage=storage)
-            findings += examine_base(loaded, length)
+            findings += examine_base(load(name, labels=_labels(name), storage=storage), length)
         if profile:
             from deltatune.training.profile import profile_step
 
-            name, given = parse(method)
-            found = profile_step(loaded, make(name, given), tokens=tokens, length=length)
+            loaded = load(name, labels=_labels(name), storage=storage)
+            found = profile_step(loaded, make(*parse(method)), tokens=tokens, length=length)
     if json:
         said: dict[str, Any] = {"findings": [asdict(finding) for finding in findings]}
         print(

@@ -1,14 +1,18 @@
 """What runs use on this machine, and why: precision, attention, decoding of weights in few bits."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
 
-from deltatune.models import short_attention
 from deltatune.models.base import Base
-from deltatune.training.attention import SHORT, choose_attention
+from deltatune.training.attention import SHORT
+from deltatune.training.pieces import PIECES, Piece, quicken
+from deltatune.training.pooled import pooled
 from deltatune.training.precision import resolve
+from deltatune.training.profile import pieces_of, random_batch
+from deltatune.training.tasks import task_for
 from deltatune.weights.kernel import decode_blocks
 
 
@@ -52,13 +56,48 @@ def _decoding(precision: str, device: torch.device) -> Finding:
 
 
 def examine_base(base: Base, length: int) -> list[Finding]:
-    """What runs on this base use for texts of that length; its attention is set."""
-    choose_attention(base.model, length)
-    chosen = str(base.model.config._attn_implementation)
-    if chosen == short_attention.NAME:
-        why = "it gives what the architecture's own gives, tried out just now"
-    elif base.model.device.type == "cpu" and length <= SHORT:
-        why = "the one for short texts does not give what this architecture's own gives"
-    else:
-        why = f"texts have {length} tokens" if base.model.device.type == "cpu" else "it is not on a CPU"
-    return [Finding(f"attention of {base.id}", chosen, why)]
+    """Which fast pieces runs on this base have for texts of that length, and why; they are put into it.
+
+    A method can rule one out: soft prompts stand before each text, and norms that train are left as they are.
+    """
+    model = base.model.requires_grad_(False)  # as beside an adapter
+    quicken(model, length)
+    task = task_for(base, resolve("auto", model.device))
+    batch = random_batch(base, task, 2, 6)
+    with pooled(model, lambda: task.run(batch)) as reads_one:
+        used = pieces_of(model, task, batch, reads_one)
+    findings = []
+    for piece in PIECES:
+        why = _TRIED[piece] if piece in used else _without(piece, base, length)
+        chosen = (
+            str(model.config._attn_implementation) if piece == "attention" else "fast" if piece in used else "plain"
+        )
+        findings.append(Finding(f"{piece} of {base.id}", chosen, why))
+    return findings
+
+
+_TRIED: Mapping[Piece, str] = {
+    "attention": "it gives what the architecture's own gives, tried out just now",
+    "dropout": "the model has it, and runs on a CPU",
+    "norms": "ours give what the architecture's own give, tried out just now",
+    "packing": "texts in one row are told apart, tried out just now",
+    "pooled": "the last block gives the classifier what it gave, tried out just now",
+}
+
+
+def _without(piece: Piece, base: Base, length: int) -> str:
+    """Why a base goes without a piece."""
+    device, writes = base.model.device.type, base.task == "generation"
+    if piece in ("attention", "dropout", "norms") and device != "cpu":
+        return f"it is made for a CPU, and the model is on {device}"
+    if piece == "attention":
+        too_long = f"texts have {length} tokens, and it is for {SHORT} at most"
+        return too_long if length > SHORT else "it does not give what this architecture's own gives"
+    if piece == "dropout":
+        return "the model has none"
+    if piece == "norms":
+        return "the model has none that take the root of a mean square, or ours give something else"
+    if piece == "packing":
+        apart = "texts in one row are not told apart by this architecture's attention, or not with this one"
+        return apart if writes else "a classifier's texts stay in rows of their own"
+    return "all tokens are read" if writes else "the classifier reads more than the first token, or is not known to us"

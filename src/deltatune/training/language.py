@@ -114,18 +114,23 @@ class LanguageModelling:
         ]
         return Scores("rougeL", {**texts.figures, **plain.figures}, texts.examples["rougeL"], outputs, texts.variants)
 
+    def packs(self, batch: Batch) -> bool:
+        """Whether texts stand in one row: tried out the first time, as is whether the output layer makes the logits."""
+        if self._chunked is None:
+            self._chunked = self._output_layer_alone(batch)
+        if self._packed is None:
+            self._packed = self._chunked and can_pack(self.model, self.hidden, self._precision)
+        return self._packed
+
     def _scored(
         self, batch: Batch
     ) -> tuple[Float[Tensor, "scored width"], Int[Tensor, " scored"], Int[Tensor, " scored"]]:
         """What the logits of scored tokens are made from, these tokens, and the row of the batch that each is in."""
         labels = batch.labels.to(self.model.device)
-        if self._chunked is None:
-            self._chunked = self._output_layer_alone(batch)
-        if self._packed is None:
-            self._packed = self._chunked and can_pack(self.model, self.hidden)
+        packs = self.packs(batch)
         ahead = 0 if self._both else 1  # a decoder says each token after the one before it
         rows, places = (labels[:, ahead:] != UNSCORED).nonzero(as_tuple=True)
-        if self._packed:
+        if packs:
             ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
             begins = beginnings(mask).to(self.model.device)
             entering = self.hidden(packed(self.model, ids, mask))[0, begins[rows] + places]

@@ -17,6 +17,7 @@ from deltatune.methods import SoftPrompt
 from deltatune.models import short_attention
 from deltatune.models.attach import attachment
 from deltatune.training.modes import evaluating
+from deltatune.training.precision import Computed
 
 log = logging.getLogger("deltatune")
 
@@ -57,7 +58,11 @@ def _kept_lengths(mask: Int[Tensor, "texts length"]) -> Int[Tensor, " texts"]:
     return mask.sum(1).add_(7).div_(8, rounding_mode="floor").mul_(8).clamp_(max=mask.shape[1])
 
 
-def can_pack(model: PreTrainedModel, hidden: Callable[[Mapping[str, Any]], Float[Tensor, "rows length width"]]) -> bool:
+def can_pack(
+    model: PreTrainedModel,
+    hidden: Callable[[Mapping[str, Any]], Float[Tensor, "rows length width"]],
+    precision: Computed,
+) -> bool:
     """Whether a decoder gives the same for packed texts as for padded ones: `hidden` calls it and is compared.
 
     Before each text stands what a soft prompt adds, so that texts of a model that has one stay in rows of their own.
@@ -78,7 +83,7 @@ def can_pack(model: PreTrainedModel, hidden: Callable[[Mapping[str, Any]], Float
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             log.debug("texts are not packed: %s", error)
             return False
-    near = 0.02 if model.dtype == torch.bfloat16 else 1e-4
+    near = 0.02 if precision == "bf16" or model.dtype == torch.bfloat16 else 1e-4
     return alone.shape == padded.shape and torch.allclose(alone, padded, rtol=0, atol=near * float(padded.abs().max()))
 
 

@@ -33,6 +33,7 @@ from deltatune.models.base import Base
 from deltatune.models.norms import RMSNorm
 from deltatune.models.positions import room_for_text
 from deltatune.models.roles import ALIASES, base_layers, linear_roles
+from deltatune.training.language import LanguageModelling
 from deltatune.training.optimisers import make_optimiser
 from deltatune.training.pieces import PIECES, Piece, quicken
 from deltatune.training.pooled import pooled
@@ -107,7 +108,7 @@ def profile_step(
         most = min(tokens, room or tokens)
         raise UserError(f"there is no step of {tokens} tokens in texts of {length}", f"take a length from 2 to {most}")
     task = task_for(base, computed)
-    batch = _batch(base, task, tokens // length, length, seed)
+    batch = random_batch(base, task, tokens // length, length, seed)
     attach(model, method, seed=seed, examples=iter([{**batch.inputs, "labels": batch.labels}]))
     prepare(model, computed)
     quicken(model, length)
@@ -125,16 +126,17 @@ def profile_step(
         tokens=batch.tokens,
         precision=computed,
         attention=str(model.config._attn_implementation),
-        pieces=_pieces(model, task, reads_one),
+        pieces=pieces_of(model, task, batch, reads_one),
     )
 
 
-def _pieces(model: PreTrainedModel, task: Task, reads_one: bool) -> tuple[Piece, ...]:
+def pieces_of(model: PreTrainedModel, task: Task, batch: Batch, reads_one: bool) -> tuple[Piece, ...]:
+    """The fast pieces that steps of a model have, after `quicken`; `reads_one` as `pooled` says."""
     runs: dict[Piece, bool] = {
         "attention": model.config._attn_implementation == short_attention.NAME,
         "dropout": any(isinstance(module, Dropout) for module in model.modules()),
         "norms": any(isinstance(module, RMSNorm) for module in model.modules()),
-        "packing": bool(getattr(task, "_packed", False)),
+        "packing": isinstance(task, LanguageModelling) and task.packs(batch),
         "pooled": reads_one,
     }
     return tuple(piece for piece in PIECES if runs[piece])
@@ -164,7 +166,8 @@ class _Step:
             self._optimiser.zero_grad()
 
 
-def _batch(base: Base, task: Task, texts: int, length: int, seed: int) -> Batch:
+def random_batch(base: Base, task: Task, texts: int, length: int, seed: int = 0) -> Batch:
+    """Texts of random tokens, each with one end token; a language model learns all of them."""
     config = base.model.config.get_text_config()
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     plain = torch.tensor([id for id in range(config.vocab_size) if id not in (*ends, config.pad_token_id)])
