@@ -54,6 +54,7 @@ speed: setup
 docs: setup
 	$(BIN)/python -c "from deltatune.methods.describe import page; print(page(), end='')" > docs/methods.md
 	$(BIN)/python -c "from deltatune.planning.claims import page; print(page(), end='')" > docs/claims.md
+	$(BIN)/python benchmarks/claims.py --page >> docs/claims.md
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import claims as experiments
 import pytest
 
 from deltatune.planning.claims import Claim, check_claims, page
@@ -15,7 +16,16 @@ def claims() -> list[Claim]:
 
 
 def test_the_page_of_claims_is_current(claims: list[Claim]) -> None:
-    assert (DOCS / "claims.md").read_text(encoding="utf-8") == page(claims), "run `make docs`"
+    assert (DOCS / "claims.md").read_text(encoding="utf-8") == page(claims) + experiments.page(), "run `make docs`"
+
+
+def test_every_experiment_for_a_claim_says_what_is_claimed_and_how_it_is_tested() -> None:
+    text = experiments.page()
+    for path in sorted(experiments.CLAIMS.glob("*.yaml")):
+        part = text.partition(f"### `{path.stem}`")[2].partition("\n### ")[0]
+        assert len(part.partition("**Claimed:**")[2].partition("**Tested here:**")[0].strip()) > 20, path.stem
+        assert len(part.partition("**Tested here:**")[2]) > 20, path.stem
+        assert "**Found: " in part or "**Not run yet.**" in part
 
 
 def test_the_closed_forms_hold_and_the_wrong_total_is_named(claims: list[Claim]) -> None:

@@ -30,6 +30,7 @@ from deltatune.files import read_json, write_json
 from deltatune.methods import make
 from deltatune.models.attach import attach
 from deltatune.models.base import Base
+from deltatune.models.count import count_on
 from deltatune.packages import cache_root
 from deltatune.planning.machine import Machine, Overhead, from_json
 from deltatune.planning.rehearsal import BatchShape, rehearse
@@ -47,7 +48,7 @@ _MOST = 1.2e9
 """Operations of the largest measured product."""
 _NUMBERS = (2**10, 2**15, 2**18, 2**21)
 """Numbers in the tensors of everything else."""
-_FORM = 2
+_FORM = 3
 _GLIBC: dict[str, Any] = {"slack": 1.4, "most_slack": 96 * 2**20, "heap": 40 * 2**20}
 """Of glibc's heap on a CPU, fitted once to runs of the embedded bases (docs/log.md); no machine measures them."""
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -91,9 +92,8 @@ def _measured() -> Machine:
         **_GLIBC,
         products={kind: _products(_TYPES[kind]) for kind in kinds},
         moves={f"{name} {kind}": points for kind in kinds for name, points in _moves(_TYPES[kind]).items()},
-        call=0.0,
     )
-    return replace(machine, call=_call(machine))
+    return _with_real_steps(machine)
 
 
 def _guessed() -> Machine:
@@ -150,7 +150,7 @@ def small_run() -> tuple[int, int, int, int]:
         BertForSequenceClassification(_config()).save_pretrained(folder)
         model = BertForSequenceClassification.from_pretrained(folder)
     loaded = peak()
-    _real_step(model, _SMALL, resolve("auto"))
+    _real_step(model, _SHORT, resolve("auto"))
     trained, then = peak(), resident()
     import sklearn.metrics  # noqa: F401  # as scoring does
 
@@ -256,24 +256,35 @@ def _runs(dtype: torch.dtype, numbers: int) -> dict[str, tuple[Callable[[], Any]
     }
 
 
-_SMALL = BatchShape(5, 23)
+_SHORT, _LONG = BatchShape(5, 23), BatchShape(21, 45)
 
 
-def _config() -> BertConfig:
+def _config(width: int = 176) -> BertConfig:
     return BertConfig(
-        vocab_size=1009, hidden_size=176, num_hidden_layers=4, num_attention_heads=4, intermediate_size=400
+        vocab_size=1009,
+        hidden_size=width,
+        num_hidden_layers=4,
+        num_attention_heads=width // 44,
+        intermediate_size=width * 9 // 4,
     )
 
 
-def _call(machine: Machine) -> float:
-    """What starting an operation takes in a real step: of a small model, what its work does not explain."""
-    with torch.device("meta"):
-        outline = BertForSequenceClassification(_config())
-    model = BertForSequenceClassification(_config())
-    trained = 4 * 8 * (4 * 2 * 176 + 2 * (176 + 400)) + 8 * 2 * 176 + 2 * 177
-    planned = rehearse(outline, make("lora"), _SMALL, machine.precision, trained=trained).step
-    took = _real_step(model, _SMALL, machine.precision)
-    return max(0.0, (took - machine.seconds(planned)) / planned.calls)
+def _with_real_steps(machine: Machine) -> Machine:
+    """The machine with what only steps show: two unknowns from a step of little work and one of much.
+
+    took = calls · `call` + work · `fresh`. Work takes no less than in a loop, and starting it something.
+    """
+    found = []
+    for width, shape in ((176, _SHORT), (528, _LONG)):
+        with torch.device("meta"):
+            outline = BertForSequenceClassification(_config(width))
+        counted = count_on(outline, make("lora")).trainable
+        planned = rehearse(outline, make("lora"), shape, machine.precision, trained=counted).step
+        took = _real_step(BertForSequenceClassification(_config(width)), shape, machine.precision)
+        found.append((planned.calls, machine.work(planned), took))
+    (calls, work, took), (more_calls, more_work, longer) = found
+    fresh = max(1.0, (longer * calls - took * more_calls) / (more_work * calls - work * more_calls))
+    return replace(machine, call=max(1e-6, (took - fresh * work) / calls), fresh=fresh)
 
 
 def _real_step(model: BertForSequenceClassification, shape: BatchShape, precision: Computed) -> float:
@@ -312,5 +323,6 @@ def checks(machine: Machine) -> list[tuple[str, str]]:
         *((f"products in {kind}", f"{rate / 1e9:,.0f} GFLOP/s") for kind, rate in largest.items()),
         *((f"copies in {kind}", f"{rate / 1e9:,.1f} GB/s") for kind, rate in moved.items()),
         ("starting an operation", f"{1e6 * machine.call:.1f} µs"),
+        ("work in a step", f"{machine.fresh:.2f} of what it takes in a loop"),
         ("a process that has trained a tiny model", f"{machine.processes['fresh'].training / 2**20:,.0f} MiB"),
     ]

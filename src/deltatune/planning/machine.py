@@ -71,10 +71,17 @@ class Machine:
     """Bytes a second, of a sheet."""
     call: float = _LAUNCH
     """Seconds that every operation takes before it does anything."""
+    fresh: float = 1.0
+    """How many times as long the work takes in a step as in the loops that measured it: memory is fresh and caches
+    are full of something else."""
 
     def seconds(self, traced: Traced) -> float:
         """How long the work of a trace takes."""
-        return traced.calls * self.call + sum(count * self.of(work) for work, count in traced.work.items())
+        return traced.calls * self.call + self.fresh * self.work(traced)
+
+    def work(self, traced: Traced) -> float:
+        """How long it would take in a loop, without starting anything."""
+        return sum(count * self.of(work) for work, count in traced.work.items())
 
     def of(self, work: Work) -> float:
         """Seconds of one operation, without those that starting it takes."""
