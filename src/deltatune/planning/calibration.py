@@ -82,13 +82,15 @@ def _path() -> Path:
 def _measured() -> Machine:
     precision = resolve("auto")
     kinds = ["float32", "bfloat16"] if precision == "bf16" else ["float32"]
+    processes, grown = _processes()
     machine = Machine(
         name=f"{torch.cpu.get_capabilities().get('cpu_name') or platform.processor() or platform.machine()}, "
         f"{torch.get_num_threads()} threads",
         memory=_memory(),
         precision=precision,
         source="measured here",
-        processes=_processes(),
+        processes=processes,
+        kernel=grown,
         **_GLIBC,
         products={kind: _products(_TYPES[kind]) for kind in kinds},
         moves={f"{name} {kind}": points for kind in kinds for name, points in _moves(_TYPES[kind]).items()},
@@ -124,7 +126,7 @@ def _memory() -> int:
 _PROCESS = """
 import json, os, tempfile
 import deltatune.comparing.cell
-from deltatune.planning.calibration import small_run
+from deltatune.planning.calibration import kernel, small_run
 from deltatune.training.memory import resident
 
 imported = resident()
@@ -133,14 +135,27 @@ if not os.fork():
     os.write(write, json.dumps(small_run()).encode())
     os._exit(0)
 os.wait()
-print(json.dumps({"forked": json.loads(os.read(read, 1000)), "fresh": small_run()}))
+print(json.dumps({"forked": json.loads(os.read(read, 1000)), "fresh": small_run(), "kernel": kernel()}))
 """
 
 
-def _processes() -> dict[str, Overhead]:
-    """What a process holds besides the run, of a fresh one and of one that was forked from it."""
+def _processes() -> tuple[dict[str, Overhead], int]:
+    """What a process holds besides the run, of a fresh one and of one that was forked from it; and `kernel`."""
     done = subprocess.run([sys.executable, "-c", _PROCESS], capture_output=True, text=True, check=True)
-    return {name: Overhead(*found) for name, found in json.loads(done.stdout.splitlines()[-1]).items()}
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {name: Overhead(*found[name]) for name in ("forked", "fresh")}, found["kernel"]
+
+
+def kernel() -> int:
+    """Bytes by which this process grows with a product of a new shape, the mean of some in the machine's precision."""
+    dtype = torch.bfloat16 if resolve("auto") == "bf16" else torch.float32
+    weight, rows, before = torch.randn(396, 176, dtype=dtype), range(331, 427), 0
+    for number, count in enumerate(rows):
+        if number == len(rows) // 2:  # by then the heap has what the products themselves need
+            before = resident()
+        x = torch.randn(count, 176, dtype=dtype)
+        (x @ weight.T) @ weight
+    return max(0, resident() - before) // len(rows)  # half of the rows, two products each
 
 
 def small_run() -> tuple[int, int, int, int]:
@@ -323,6 +338,7 @@ def checks(machine: Machine) -> list[tuple[str, str]]:
         *((f"products in {kind}", f"{rate / 1e9:,.0f} GFLOP/s") for kind, rate in largest.items()),
         *((f"copies in {kind}", f"{rate / 1e9:,.1f} GB/s") for kind, rate in moved.items()),
         ("starting an operation", f"{1e6 * machine.call:.1f} µs"),
+        ("a kernel for products of a new shape", f"{machine.kernel / 2**20:.2f} MiB"),
         ("work in a step", f"{machine.fresh:.2f} of what it takes in a loop"),
         ("a process that has trained a tiny model", f"{machine.processes['fresh'].training / 2**20:,.0f} MiB"),
     ]

@@ -61,6 +61,8 @@ class Machine:
     """The most bytes of it: what is large is mapped by itself, and given back."""
     heap: int = 0
     """Bytes that the heap holds besides, once weights have come and gone."""
+    kernel: int = 0
+    """Bytes of the kernel that is made for a product of a new shape, and kept."""
     products: Mapping[str, Sequence[tuple[tuple[float, ...], float]]] = field(default_factory=dict)
     """Type → measured products: (batch, m, k, n) and seconds."""
     moves: Mapping[str, Points] = field(default_factory=dict)

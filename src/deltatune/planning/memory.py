@@ -7,14 +7,21 @@ while it scores a validation. On a CPU it is a process' resident memory; on a GP
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from deltatune.planning.machine import Machine
 from deltatune.planning.rehearsal import Rehearsed
+from deltatune.planning.tracing import PRODUCTS, Traced
 from deltatune.training.settings import Training
 
 _SMALL = 4096
 """Tensors below so many numbers keep fp32 moments in 8-bit AdamW (arXiv 2110.02861)."""
 STATES = {"adamw": 8.0, "adamw8bit": 2 * (1 + 4 / 256), "paged": 0.0}
 """Bytes of AdamW's two moments for each trained number; paged ones are the system's to take away."""
+
+
+_MOST_KERNELS = 1024
+"""So many oneDNN keeps."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,8 @@ class Memory:
     """The most that lives while a batch is scored."""
     slack: float
     """What the allocator holds beyond what lives, at the fullest moment."""
+    kernels: float
+    """Made for products of further shapes than the largest batch has, and kept."""
     read: float
     """What loading holds: the process till then, the weights as they are read, and the pages of their file."""
 
@@ -61,7 +70,7 @@ class Memory:
 
     @property
     def _held(self) -> float:
-        return self.process + self.weights + self.trained + self.states + self.best
+        return self.process + self.kernels + self.weights + self.trained + self.states + self.best
 
     @property
     def peak(self) -> float:
@@ -79,6 +88,13 @@ class Memory:
         return asdict(self) | sums
 
 
+def _kernels(traced: Traced, shapes: int) -> int:
+    """Products of different shapes, once for each further size of a batch; oneDNN makes none for fp32."""
+    return (shapes - 1) * len(
+        {work.shape for work in traced.work if work.name in PRODUCTS and work.dtype != torch.float32}
+    )
+
+
 def memory_of(
     rehearsed: Rehearsed,
     machine: Machine,
@@ -88,11 +104,12 @@ def memory_of(
     file: float,
     forked: bool,
     classifier: bool,
+    shapes: tuple[int, int] = (1, 1),
 ) -> Memory:
     """The memory of a rehearsed run.
 
     `loaded`: bytes of the base as it is loaded, before it is brought to the precision of the run; `file`: bytes of
-    the file that it is read from.
+    the file that it is read from; `shapes`: how many different sizes batches have, of steps and of what is scored.
     """
     trained = rehearsed.trained
     step = rehearsed.step
@@ -108,6 +125,7 @@ def memory_of(
         activations=step.forward,
         temporaries=max(0.0, step.peak - step.forward),
         scored=rehearsed.scoring.peak,
+        kernels=min(_MOST_KERNELS, _kernels(step, shapes[0]) + _kernels(rehearsed.scoring, shapes[1])) * machine.kernel,
         slack=min((machine.slack - 1) * large, machine.most_slack) + machine.heap,
         read=0.0 if machine.cuda else process.loading + loaded + file,
     )

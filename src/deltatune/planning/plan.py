@@ -110,6 +110,8 @@ class _Planned:
     storage: str
     file: float
     forked: bool
+    shapes: tuple[int, int] = (1, 1)
+    """How many different sizes batches have, of steps and of what is scored."""
 
 
 def plan(
@@ -186,11 +188,16 @@ def plan_run(
     scored = [_shape(validation, places, outline) for places in by_length(validation.lengths, SCORED_TOKENS)]
     largest, most = (max(several, key=lambda shape: (shape.tokens, shape.length)) for several in (shapes, scored))
     steps = math.ceil(len(order) * settings.epochs / settings.accumulate)
-    made = _plan(
-        method.name, method, _shared(place, outline, settings, largest, most, steps, storage, machine, forked), False
-    )
+    shared = _shared(place, outline, settings, largest, most, steps, storage, machine, forked)
+    kinds = (len({_size(shape, outline) for shape in several}) for several in (shapes, scored))
+    made = _plan(method.name, method, replace(shared, shapes=(next(kinds), next(kinds))), False)
     middle = statistics.fmean(shape.tokens for shape in shapes) / largest.tokens
     return replace(made, seconds=made.step_seconds * middle * steps)
+
+
+def _size(shape: BatchShape, outline: PreTrainedModel) -> int:
+    """The tokens of a batch as far as they make a difference: packed rows have a multiple of 32."""
+    return -(-shape.tokens // 32) if outline.can_generate() else shape.tokens
 
 
 def _shape(examples: Any, places: Sequence[int], outline: PreTrainedModel) -> BatchShape:
@@ -270,6 +277,7 @@ def _plan(words: str, method: Method, shared: _Planned, explain: bool) -> Plan:
         file=shared.file,
         forked=shared.forked,
         classifier=not shared.outline.can_generate(),
+        shapes=shared.shapes,
     )
     step = settings.accumulate * machine.seconds(rehearsed.step) + _optimiser_seconds(rehearsed, machine)
     return Plan(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -21,6 +22,8 @@ from deltatune.training.precision import Computed
 
 log = logging.getLogger("deltatune")
 
+_STEP = 32
+"""Tokens by which the lengths of rows differ."""
 _FLASH = ("flash_attention_2", "flash_attention_3")
 
 
@@ -29,17 +32,21 @@ def packed(
 ) -> dict[str, Any]:
     """What a decoder is called with for texts padded on the right; its outputs have one row.
 
-    Of its padding a text keeps what makes its length a multiple of 8: see `data.batches`.
+    So that few shapes occur (see `data.batches`) a text keeps of its padding what makes its length a multiple of 8, and
+    a last text, which nobody reads, makes that of the row a multiple of 32.
     """
     ids, mask = ids.to(model.device), mask.to(model.device)
     lengths = _kept_lengths(mask)
     places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     kept = places < lengths[:, None]
-    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    longest = int(lengths.max())
+    tokens = ids[kept]
+    added = -len(tokens) % _STEP
+    ends = F.pad(lengths, (0, min(1, added)), value=added).cumsum(0)
+    bounds = F.pad(ends, (1, 0)).to(torch.int32)
+    longest = max(int(lengths.max()), added)
     inputs = {
-        "input_ids": ids[kept][None],
-        "position_ids": places[kept][None],
+        "input_ids": F.pad(tokens, (0, added))[None],
+        "position_ids": F.pad(places[kept], (0, added))[None],
         "use_cache": False,  # with a cache texts in one row would see each other
         **{"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest},
     }
