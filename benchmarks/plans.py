@@ -1,4 +1,4 @@
-"""How right plans are: memory at its peak and seconds of a step, planned and measured, and the distribution of errors.
+"""How right plans are: memory at its peak and seconds of all steps, planned and measured, with the errors' distribution.
 
 python benchmarks/plans.py [--bases minilm smollm2] [--only lora] [--steps 4] [--out plans.jsonl]
 
@@ -16,7 +16,6 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -72,17 +71,15 @@ def run(cell: dict[str, Any], steps: int) -> dict[str, Any]:
     own: list[float] = []
 
     deltatune.tune(base, data, deltatune.make(name, options), settings, listen=listen)
-    each = [after.seconds - one.seconds for one, after in pairwise(seen)]
-    if torch.get_num_threads() == 1:  # what others run touches a processor's time little
-        each = own[1:]
-    tokens = [after.tokens - one.tokens for one, after in pairwise(seen)]
+    # What others run touches a processor's time little.
+    seconds = sum(own) if torch.get_num_threads() == 1 else seen[-1].seconds
     return {
         "peak": peak(),
         "before": before,
         "loaded": loaded,
         "processor": torch.get_num_threads() == 1,
-        "step": statistics.median(each),
-        "seconds_per_token": statistics.median(a / b for a, b in zip(each, tokens, strict=True)),
+        "steps": len(seen),
+        "seconds": seconds,
     }
 
 
@@ -147,11 +144,12 @@ def report(rows: list[dict[str, Any]], steps: int) -> None:
         )
         planned = plan.memory.peak
         memory.append(planned / measured["peak"] - 1)
-        times.append(plan.seconds_per_token / measured["seconds_per_token"] - 1)
+        assert plan.seconds is not None
+        times.append(plan.seconds / measured["seconds"] - 1)
         label = f"{cell['base']} {cell['method']} {cell['storage']} {cell['tokens']}×{cell['longest']}"
         print(
             f"{label:48} {planned / 1e6:7.0f} {measured['peak'] / 1e6:7.0f} MB {100 * memory[-1]:+6.1f}%   "
-            f"{plan.memory.fullest:8} {1e6 * measured['seconds_per_token']:8.0f} µs {100 * times[-1]:+6.1f}%",
+            f"{plan.memory.fullest:8} {plan.seconds:6.1f} {measured['seconds']:6.1f} s {100 * times[-1]:+6.1f}%",
             flush=True,
         )
     for name, errors in (("memory", memory), ("time", times)):

@@ -82,7 +82,7 @@ def _path() -> Path:
 def _measured() -> Machine:
     precision = resolve("auto")
     kinds = ["float32", "bfloat16"] if precision == "bf16" else ["float32"]
-    processes, grown = _processes()
+    processes, (grown, longer) = _processes()
     machine = Machine(
         name=f"{torch.cpu.get_capabilities().get('cpu_name') or platform.processor() or platform.machine()}, "
         f"{torch.get_num_threads()} threads",
@@ -91,6 +91,7 @@ def _measured() -> Machine:
         source="measured here",
         processes=processes,
         kernel=grown,
+        making=longer,
         **_GLIBC,
         products={kind: _products(_TYPES[kind]) for kind in kinds},
         moves={f"{name} {kind}": points for kind in kinds for name, points in _moves(_TYPES[kind]).items()},
@@ -139,23 +140,30 @@ print(json.dumps({"forked": json.loads(os.read(read, 1000)), "fresh": small_run(
 """
 
 
-def _processes() -> tuple[dict[str, Overhead], int]:
+def _processes() -> tuple[dict[str, Overhead], tuple[int, float]]:
     """What a process holds besides the run, of a fresh one and of one that was forked from it; and `kernel`."""
     done = subprocess.run([sys.executable, "-c", _PROCESS], capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     return {name: Overhead(*found[name]) for name in ("forked", "fresh")}, found["kernel"]
 
 
-def kernel() -> int:
-    """Bytes by which this process grows with a product of a new shape, the mean of some in the machine's precision."""
+def kernel() -> tuple[int, float]:
+    """Bytes by which this process grows with a product of a new shape, and seconds that it takes longer than the next.
+
+    The means of some in the machine's precision.
+    """
     dtype = torch.bfloat16 if resolve("auto") == "bf16" else torch.float32
-    weight, rows, before = torch.randn(396, 176, dtype=dtype), range(331, 427), 0
+    weight, rows, before, took = torch.randn(396, 176, dtype=dtype), range(331, 427), 0, [0.0, 0.0]
     for number, count in enumerate(rows):
         if number == len(rows) // 2:  # by then the heap has what the products themselves need
-            before = resident()
+            before, took = resident(), [0.0, 0.0]
         x = torch.randn(count, 176, dtype=dtype)
-        (x @ weight.T) @ weight
-    return max(0, resident() - before) // len(rows)  # half of the rows, two products each
+        for turn in (0, 1):
+            began = _clock()
+            (x @ weight.T) @ weight
+            took[turn] += _clock() - began
+    # half of the rows, two products each
+    return max(0, resident() - before) // len(rows), max(0.0, took[0] - took[1]) / len(rows)
 
 
 def small_run() -> tuple[int, int, int, int]:
@@ -172,20 +180,24 @@ def small_run() -> tuple[int, int, int, int]:
     return before, loaded, trained, trained + resident() - then
 
 
+def _clock() -> float:
+    """Seconds; on one thread those of the processor, which others touch little."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+
+
 def _took(run: Callable[[], Any]) -> float:
-    """Seconds of one call, the median of some; on one thread those of the processor, which others touch little."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    """Seconds of one call, the median of some."""
     run()
-    began = clock()
+    began = _clock()
     run()
-    once = clock() - began
+    once = _clock() - began
     times = []
     repeat = max(1, round(0.0005 / max(once, 1e-7)))
     for _ in range(3):
-        began = clock()
+        began = _clock()
         for _ in range(repeat):
             run()
-        times.append((clock() - began) / repeat)
+        times.append((_clock() - began) / repeat)
     return statistics.median(times)
 
 
@@ -338,7 +350,10 @@ def checks(machine: Machine) -> list[tuple[str, str]]:
         *((f"products in {kind}", f"{rate / 1e9:,.0f} GFLOP/s") for kind, rate in largest.items()),
         *((f"copies in {kind}", f"{rate / 1e9:,.1f} GB/s") for kind, rate in moved.items()),
         ("starting an operation", f"{1e6 * machine.call:.1f} µs"),
-        ("a kernel for products of a new shape", f"{machine.kernel / 2**20:.2f} MiB"),
+        (
+            "a kernel for products of a new shape",
+            f"{machine.kernel / 2**20:.2f} MiB, {1000 * machine.making:.1f} ms",
+        ),
         ("work in a step", f"{machine.fresh:.2f} of what it takes in a loop"),
         ("a process that has trained a tiny model", f"{machine.processes['fresh'].training / 2**20:,.0f} MiB"),
     ]

@@ -63,6 +63,8 @@ class Machine:
     """Bytes that the heap holds besides, once weights have come and gone."""
     kernel: int = 0
     """Bytes of the kernel that is made for a product of a new shape, and kept."""
+    making: float = 0.0
+    """Seconds that making it takes."""
     products: Mapping[str, Sequence[tuple[tuple[float, ...], float]]] = field(default_factory=dict)
     """Type → measured products: (batch, m, k, n) and seconds."""
     moves: Mapping[str, Points] = field(default_factory=dict)

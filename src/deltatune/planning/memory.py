@@ -88,11 +88,9 @@ class Memory:
         return asdict(self) | sums
 
 
-def _kernels(traced: Traced, shapes: int) -> int:
-    """Products of different shapes, once for each further size of a batch; oneDNN makes none for fp32."""
-    return (shapes - 1) * len(
-        {work.shape for work in traced.work if work.name in PRODUCTS and work.dtype != torch.float32}
-    )
+def kernels(traced: Traced) -> int:
+    """How many are made for a batch: one for each shape of a product; for fp32 oneDNN makes none."""
+    return len({work.shape for work in traced.work if work.name in PRODUCTS and work.dtype != torch.float32})
 
 
 def memory_of(
@@ -125,7 +123,8 @@ def memory_of(
         activations=step.forward,
         temporaries=max(0.0, step.peak - step.forward),
         scored=rehearsed.scoring.peak,
-        kernels=min(_MOST_KERNELS, _kernels(step, shapes[0]) + _kernels(rehearsed.scoring, shapes[1])) * machine.kernel,
+        kernels=min(_MOST_KERNELS, kernels(step) * (shapes[0] - 1) + kernels(rehearsed.scoring) * (shapes[1] - 1))
+        * machine.kernel,
         slack=min((machine.slack - 1) * large, machine.most_slack) + machine.heap,
         read=0.0 if machine.cuda else process.loading + loaded + file,
     )

@@ -23,7 +23,7 @@ from deltatune.models.roles import unchanged
 from deltatune.planning.bases import planned_base, planned_outline
 from deltatune.planning.calibration import this_machine
 from deltatune.planning.machine import Machine, read_machine
-from deltatune.planning.memory import Memory, memory_of
+from deltatune.planning.memory import Memory, kernels, memory_of
 from deltatune.planning.rehearsal import BatchShape, Rehearsed, rehearse
 from deltatune.training.modes import SCORED_TOKENS
 from deltatune.training.precision import Computed
@@ -51,6 +51,8 @@ class Plan:
     step_seconds: float
     seconds: float | None
     """Of the whole run's steps; None where nobody said how long it is."""
+    making_seconds: float
+    """Of these, what making kernels takes: once for each size of a batch."""
     tokens: int
     """Of a batch, padding included."""
     machine: str
@@ -192,7 +194,7 @@ def plan_run(
     kinds = (len({_size(shape, outline) for shape in several}) for several in (shapes, scored))
     made = _plan(method.name, method, replace(shared, shapes=(next(kinds), next(kinds))), False)
     middle = statistics.fmean(shape.tokens for shape in shapes) / largest.tokens
-    return replace(made, seconds=made.step_seconds * middle * steps)
+    return replace(made, seconds=made.step_seconds * middle * steps + made.making_seconds)
 
 
 def _size(shape: BatchShape, outline: PreTrainedModel) -> int:
@@ -279,6 +281,7 @@ def _plan(words: str, method: Method, shared: _Planned, explain: bool) -> Plan:
         classifier=not shared.outline.can_generate(),
         shapes=shared.shapes,
     )
+    making = machine.making * kernels(rehearsed.step) * shared.shapes[0]
     step = settings.accumulate * machine.seconds(rehearsed.step) + _optimiser_seconds(rehearsed, machine)
     return Plan(
         base=shared.place.id,
@@ -289,7 +292,8 @@ def _plan(words: str, method: Method, shared: _Planned, explain: bool) -> Plan:
         memory=memory,
         flops=rehearsed.step.flops * settings.accumulate,
         step_seconds=step,
-        seconds=None if shared.steps is None else step * shared.steps,
+        seconds=None if shared.steps is None else step * shared.steps + making,
+        making_seconds=making,
         tokens=shared.batch.tokens * settings.accumulate,
         machine=machine.name,
         fits=memory.peak <= machine.memory,
