@@ -1,4 +1,4 @@
-"""How right plans are: memory at its peak and seconds of all steps, planned and measured, with the errors' distribution.
+"""How right plans are: peak memory and seconds of all steps, planned and measured, and the distribution of errors.
 
 python benchmarks/plans.py [--bases minilm smollm2] [--only lora] [--steps 4] [--out plans.jsonl]
 
