@@ -9,7 +9,7 @@ import torch
 from plan_speed import measure
 
 import deltatune
-from deltatune import METHODS, Training, UserError, make
+from deltatune import METHODS, Split, TextData, Training, UserError, make
 from deltatune.data.batches import Batch
 from deltatune.dropout import replace_dropout
 from deltatune.models.attach import attach, trainable_parameters
@@ -19,7 +19,7 @@ from deltatune.models.roles import unchanged
 from deltatune.planning.bases import known, planned_base, planned_outline
 from deltatune.planning.foresight import foresee, refuse_unfit
 from deltatune.planning.machine import from_json, read_machine, sheets
-from deltatune.planning.plan import Plan, Refused, plan
+from deltatune.planning.plan import Plan, Refused, plan, plan_run
 from deltatune.planning.rehearsal import BatchShape, rehearse
 from deltatune.training.classification import Classification
 from deltatune.training.pooled import pooled
@@ -195,6 +195,23 @@ def test_a_run_that_cannot_fit_is_refused_with_settings_that_do(monkeypatch: pyt
         refuse_unfit(foresee(place, data, make("full"), settings, machine=tight))
     assert "--force" in refused.value.hint
     assert "these would fit" in refused.value.hint
+
+
+def test_each_further_size_of_a_batch_costs_a_kernel_for_every_product() -> None:
+    machine = replace(read_machine("l4"), kernel=10**6, making=0.5)
+
+    def planned(*lengths: int) -> Plan:
+        split = Split([" ".join(["good"] * length) for length in lengths for _ in range(16)], [0, 1] * 8 * len(lengths))
+        data = TextData("made", "", ("bad", "good"), split, split, split, ("text",), "label", "made up")
+        return plan_run("minilm", data, make("lora"), Training(batch_tokens=128), machine=machine)
+
+    one, two, alike = planned(6), planned(6, 22), planned(6, 14, 30)  # 128 tokens; 120 and 96; 128 in three ways
+    products = one.making_seconds / 0.5
+    assert products > 10
+    assert (two.making_seconds, alike.making_seconds) == (2 * one.making_seconds, one.making_seconds)
+    assert one.memory.kernels == 0
+    assert two.memory.kernels >= 10**6 * products
+    assert two.seconds > two.making_seconds
 
 
 def test_every_method_of_a_large_base_is_planned_in_seconds_and_little_memory() -> None:
