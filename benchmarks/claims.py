@@ -35,8 +35,8 @@ def run(name: str, folder: Path) -> None:
     """Runs an experiment and keeps what it gave."""
     from deltatune import compare, read_experiment
     from deltatune.comparing import statistics, summary, table
-    from deltatune.comparing.progress import News
     from deltatune.comparing.results import CellResult
+    from deltatune.comparing.sharing import News
 
     began = time.time()
 
