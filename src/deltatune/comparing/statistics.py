@@ -152,8 +152,7 @@ def mean_interval(cells: Sequence[CellResult]) -> Interval:
     """The 95% interval of the metric of one method: of its mean over test examples, and over seeds where there are any.
 
     Where answers are right or wrong it is Wilson's, for several seeds with the number of independent examples that
-    would give the same standard error; else mean ± half-width within [0, 1], where the
-    metric lies.
+    would give the same standard error; else mean ± half-width within [0, 1], where the metric lies.
     """
     values = np.array([cell.test_values for cell in cells], dtype=float).T  # (examples, seeds)
     binary = bool(np.isin(values, (0.0, 1.0)).all())

@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from deltatune.data import DialogueData, TextData
-from deltatune.data.batches import by_length, epoch, padded_length
+from deltatune.data.batches import ROWS, by_length, epoch, padded_length
 from deltatune.data.sequences import UNSCORED
 from deltatune.data.tokens import length_limit
 from deltatune.errors import UserError
@@ -60,11 +60,6 @@ class Plan:
     """Whether the peak is within the machine's memory."""
     kept: Mapping[str, float] = field(default_factory=dict)
     """What is kept for the backward pass, by the modules that make it; where that was asked for."""
-
-    @property
-    def seconds_per_token(self) -> float:
-        """Of a step, padding counted as tokens."""
-        return self.step_seconds / self.tokens
 
     def as_json(self) -> dict[str, Any]:
         """Plain data."""
@@ -191,15 +186,15 @@ def plan_run(
     largest, most = (max(several, key=lambda shape: (shape.tokens, shape.length)) for several in (shapes, scored))
     steps = math.ceil(len(order) * settings.epochs / settings.accumulate)
     shared = _shared(place, outline, settings, largest, most, steps, storage, machine, forked)
-    kinds = (len({_size(shape, outline) for shape in several}) for several in (shapes, scored))
-    made = _plan(method.name, method, replace(shared, shapes=(next(kinds), next(kinds))), False)
+    steps_sizes, scored_sizes = (len({_size(shape, outline) for shape in several}) for several in (shapes, scored))
+    made = _plan(method.name, method, replace(shared, shapes=(steps_sizes, scored_sizes)), False)
     middle = statistics.fmean(shape.tokens for shape in shapes) / largest.tokens
     return replace(made, seconds=made.step_seconds * middle * steps + made.making_seconds)
 
 
 def _size(shape: BatchShape, outline: PreTrainedModel) -> int:
-    """The tokens of a batch as far as they make a difference: packed rows have a multiple of 32."""
-    return -(-shape.tokens // 32) if outline.can_generate() else shape.tokens
+    """The tokens of a batch as far as they make a difference to its products."""
+    return -(-shape.tokens // ROWS) if outline.can_generate() else shape.tokens
 
 
 def _shape(examples: Any, places: Sequence[int], outline: PreTrainedModel) -> BatchShape:

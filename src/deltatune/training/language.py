@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from deltatune.data.batches import Batch, by_length, collate_sequences
+from deltatune.data.batches import ROWS, Batch, by_length, collate_sequences
 from deltatune.data.dialogues import Dialogues
 from deltatune.data.encode import encode, references
 from deltatune.data.sequences import UNSCORED, Sequences
@@ -148,12 +148,12 @@ class LanguageModelling:
 
     def _part_logits(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocabulary"]:
         """The logits of some rows, computed with rows of zeros to make a multiple of 32: see `data.batches`."""
-        return self._logits(F.pad(hidden, (0, 0, 0, -len(hidden) % 32)))[: len(hidden)] if self._chunked else hidden
+        return self._logits(F.pad(hidden, (0, 0, 0, -len(hidden) % ROWS)))[: len(hidden)] if self._chunked else hidden
 
     def _chunks(
         self, hidden: Float[Tensor, "scored width"], targets: Int[Tensor, " scored"]
     ) -> Iterator[tuple[Float[Tensor, "rows width"], Int[Tensor, " rows"]]]:
-        size = max(32, _CHUNK // (4 * self.model.config.get_text_config().vocab_size) // 32 * 32)
+        size = max(ROWS, _CHUNK // (4 * self.model.config.get_text_config().vocab_size) // ROWS * ROWS)
         return zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:

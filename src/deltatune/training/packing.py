@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from deltatune.data.batches import ROWS, STEP
 from deltatune.methods import SoftPrompt
 from deltatune.models import short_attention
 from deltatune.models.attach import attachment
@@ -22,8 +23,6 @@ from deltatune.training.precision import Computed
 
 log = logging.getLogger("deltatune")
 
-_STEP = 32
-"""Tokens by which the lengths of rows differ."""
 _FLASH = ("flash_attention_2", "flash_attention_3")
 
 
@@ -40,7 +39,7 @@ def packed(
     places = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     kept = places < lengths[:, None]
     tokens = ids[kept]
-    added = -len(tokens) % _STEP
+    added = -len(tokens) % ROWS
     ends = F.pad(lengths, (0, min(1, added)), value=added).cumsum(0)
     bounds = F.pad(ends, (1, 0)).to(torch.int32)
     longest = max(int(lengths.max()), added)
@@ -62,7 +61,7 @@ def beginnings(mask: Int[Tensor, "texts length"]) -> Int[Tensor, " texts"]:
 
 
 def _kept_lengths(mask: Int[Tensor, "texts length"]) -> Int[Tensor, " texts"]:
-    return mask.sum(1).add_(7).div_(8, rounding_mode="floor").mul_(8).clamp_(max=mask.shape[1])
+    return mask.sum(1).add_(STEP - 1).div_(STEP, rounding_mode="floor").mul_(STEP).clamp_(max=mask.shape[1])
 
 
 def can_pack(
