@@ -15,7 +15,8 @@ import torch
 
 import deltatune
 from deltatune.data.batches import epoch
-from deltatune.models.base import find_base, tasks
+from deltatune.models.base import tasks
+from deltatune.models.places import find_base
 from deltatune.training.pieces import PIECES, Piece, quicken
 from deltatune.training.pooled import pooled
 from deltatune.training.precision import prepare, resolve

@@ -10,8 +10,9 @@ import yaml
 from command import Outcome, deltatune
 from deltatune import METHODS, UserError, make, make_experiment, read_experiment
 from deltatune.methods import parse
-from deltatune.models.base import find_base, outline
+from deltatune.models.base import outline
 from deltatune.models.count import count, count_on
+from deltatune.models.places import find_base
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

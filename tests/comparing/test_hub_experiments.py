@@ -14,7 +14,7 @@ from deltatune.comparing.cell import run_cell
 from deltatune.comparing.compare import _check_methods
 from deltatune.comparing.experiment import read_experiment
 from deltatune.data import load_data
-from deltatune.models.base import find_base
+from deltatune.models.places import find_base
 from tiny import save_tiny, save_tiny_language_model
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"

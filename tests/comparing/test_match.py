@@ -6,7 +6,7 @@ from deltatune.comparing.experiment import make_experiment
 from deltatune.comparing.match import match, nearest
 from deltatune.data import load_data
 from deltatune.errors import UserError
-from deltatune.models.base import find_base
+from deltatune.models.places import find_base
 from deltatune.planning.foresight import foresee
 from runs import write_run
 

@@ -16,9 +16,9 @@ from deltatune.errors import UserError
 from deltatune.methods import Method, Selection
 from deltatune.models.adapters import TENSORS
 from deltatune.models.attach import trainable_parameters
-from deltatune.models.base import find_base
 from deltatune.models.blocks import stacks
 from deltatune.models.count import count
+from deltatune.models.places import find_base
 from deltatune.models.roles import linear_roles
 from deltatune.training.checkpointing import checkpointing
 from deltatune.training.precision import autocast, prepare

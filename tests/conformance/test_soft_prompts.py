@@ -18,9 +18,9 @@ from deltatune.files import read_json, write_json
 from deltatune.methods import METHODS, SoftPrompt
 from deltatune.models.adapters import TENSORS
 from deltatune.models.attach import attachment, find_head, trainable_parameters
-from deltatune.models.base import find_base
 from deltatune.models.count import count
 from deltatune.models.fingerprint import fingerprint
+from deltatune.models.places import find_base
 from tiny import ARCHITECTURES, DECODERS, save_tiny, tiny_config, tiny_inputs, tiny_language_model, tiny_model
 
 PLAIN = {name: method for name, method in PROMPTS.items() if "," not in name}

@@ -18,7 +18,8 @@ from deltatune.errors import UserError
 from deltatune.methods import Site, make
 from deltatune.models.adapters import TENSORS
 from deltatune.models.attach import adapted_layers, attach, trainable_parameters
-from deltatune.models.base import find_base, outline
+from deltatune.models.base import outline
+from deltatune.models.places import find_base
 from tiny import save_tiny, tiny_inputs, tiny_model
 
 PARTS = (Pfeiffer(reduction=8), Pfeiffer(reduction=4, activation="gelu", scale=2.0))

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 import deltatune
 from deltatune.errors import UserError
 from deltatune.models.adapted import quantised_layers
-from deltatune.models.base import find_base, outline, tasks
+from deltatune.models.base import outline, tasks
 from deltatune.models.count import count
 from deltatune.models.fingerprint import fingerprint
+from deltatune.models.places import find_base
 from tiny import (
     CHAT,
     DECODERS,

@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import deltatune
 from command import deltatune as command
-from deltatune.models.base import Base, find_base, outline
+from deltatune.models.base import Base, outline
 from deltatune.models.gguf import convert
+from deltatune.models.places import find_base
 from tiny import CHAT
 
 WORDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *"0123456789", *"abcdeĠ", "ab", "Ġab"]

@@ -17,8 +17,8 @@ from deltatune.files import read_json
 from deltatune.methods import Method, options_of, parse
 from deltatune.models.adapters import TENSORS
 from deltatune.models.attach import adapted_layers, learning_rates, trainable_parameters
-from deltatune.models.base import find_base
 from deltatune.models.count import count
+from deltatune.models.places import find_base
 from tiny import save_tiny, tiny_inputs, tiny_model
 
 MIXES = {

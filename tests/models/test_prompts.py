@@ -26,8 +26,8 @@ from deltatune.errors import UserError
 from deltatune.files import write_json
 from deltatune.methods import SoftPrompt
 from deltatune.models.attach import attachment, trainable_parameters
-from deltatune.models.base import find_base
 from deltatune.models.count import count
+from deltatune.models.places import find_base
 from tiny import VOCABULARY, save_tiny, tiny_config, tiny_inputs, tiny_model
 
 TASKS = {"t5": "SEQ_2_SEQ_LM", "bert": "FEATURE_EXTRACTION", "roberta": "FEATURE_EXTRACTION"}

@@ -14,8 +14,9 @@ from deltatune.errors import UserError
 from deltatune.methods import WeightDelta
 from deltatune.models.adapted import quantised_layers
 from deltatune.models.attach import adapted_layers
-from deltatune.models.base import find_base, outline
+from deltatune.models.base import outline
 from deltatune.models.fingerprint import fingerprint
+from deltatune.models.places import find_base
 from deltatune.models.quantise import quantise, read_storages, storages_of, total_parameters
 from deltatune.weights import QuantisedLinear
 from tiny import save_tiny, tiny_inputs, tiny_model, tokenizer

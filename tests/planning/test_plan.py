@@ -13,8 +13,9 @@ from deltatune import METHODS, Split, TextData, Training, UserError, make
 from deltatune.data.batches import Batch
 from deltatune.dropout import replace_dropout
 from deltatune.models.attach import attach, trainable_parameters
-from deltatune.models.base import Base, Place, outline, tasks
+from deltatune.models.base import Base, outline, tasks
 from deltatune.models.count import count_on
+from deltatune.models.places import Place
 from deltatune.models.roles import unchanged
 from deltatune.planning.bases import known, planned_base, planned_outline
 from deltatune.planning.foresight import foresee, refuse_unfit

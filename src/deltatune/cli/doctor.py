@@ -94,7 +94,8 @@ def _measure(json: bool) -> None:
 
 def _labels(base: str) -> tuple[str, ...]:
     """Two labels for a base that cannot write."""
-    from deltatune.models.base import find_base, tasks
+    from deltatune.models.base import tasks
+    from deltatune.models.places import find_base
 
     return () if "generation" in tasks(find_base(base)) else ("no", "yes")
 

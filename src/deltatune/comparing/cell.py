@@ -26,8 +26,9 @@ from deltatune.errors import UserError
 from deltatune.files import write_json, write_text
 from deltatune.models.adapters import save_adapter
 from deltatune.models.attach import trainable_parameters
-from deltatune.models.base import Base, find_base, load
+from deltatune.models.base import Base, load
 from deltatune.models.count import count
+from deltatune.models.places import find_base
 from deltatune.models.quantise import total_parameters
 from deltatune.models.vocabulary import add_tokens
 from deltatune.planning.foresight import Foreseen, foresee, refuse_unfit

@@ -34,8 +34,9 @@ from deltatune.data import DialogueData, TextData
 from deltatune.errors import UserError
 from deltatune.files import disk_errors, write_text
 from deltatune.models.attach import attach
-from deltatune.models.base import Place, find_base, outline
+from deltatune.models.base import outline
 from deltatune.models.count import count
+from deltatune.models.places import Place, find_base
 from deltatune.training.events import Unplanned, read_events
 from deltatune.training.precision import resolve
 

@@ -7,8 +7,8 @@ from deltatune.comparing.choices import By, MethodChoice
 from deltatune.comparing.experiment import Experiment
 from deltatune.data import DialogueData, TextData
 from deltatune.errors import UserError
-from deltatune.models.base import Place
 from deltatune.models.count import count
+from deltatune.models.places import Place
 
 _ITEMSIZE = 4
 """Bytes of a number in an adapter file: what trains is kept in fp32."""

@@ -15,7 +15,7 @@ from deltatune.comparing.results import FailedCell, Trained
 from deltatune.comparing.search import Range, Search, Setting, Space, Trial
 from deltatune.comparing.sharing import Result
 from deltatune.data import DialogueData, TextData
-from deltatune.models.base import Place
+from deltatune.models.places import Place
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution

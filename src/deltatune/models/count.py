@@ -9,8 +9,9 @@ from transformers import PreTrainedModel
 from deltatune.errors import UserError
 from deltatune.methods import Method, Mixed, OverLayers, Selection, SoftPrompt, make
 from deltatune.models.attach import attach, find_head
-from deltatune.models.base import Place, find_base, outline, tasks
+from deltatune.models.base import outline, tasks
 from deltatune.models.layers import place
+from deltatune.models.places import Place, find_base
 from deltatune.models.roles import survey
 from deltatune.models.selected import put_selection
 from deltatune.models.stacks import find_stack

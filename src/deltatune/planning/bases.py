@@ -16,7 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from deltatune.errors import UserError, nearest
-from deltatune.models.base import MODELS, Place, find_base, outline
+from deltatune.models.base import outline
+from deltatune.models.places import MODELS, Place, find_base
 from deltatune.models.quantise import Storages
 
 

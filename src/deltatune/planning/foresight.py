@@ -7,7 +7,7 @@ from typing import Any
 from deltatune.data import DialogueData, TextData
 from deltatune.errors import UserError
 from deltatune.methods import Method, OverLayers
-from deltatune.models.base import Place
+from deltatune.models.places import Place
 from deltatune.models.quantise import Storages
 from deltatune.planning.calibration import this_machine
 from deltatune.planning.machine import Machine

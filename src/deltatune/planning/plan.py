@@ -16,8 +16,9 @@ from deltatune.data.sequences import UNSCORED
 from deltatune.data.tokens import length_limit
 from deltatune.errors import UserError
 from deltatune.methods import METHODS, Method, make, parse
-from deltatune.models.base import Base, Place, read_tokenizer, tasks
+from deltatune.models.base import Base, read_tokenizer, tasks
 from deltatune.models.count import Counted, count_on
+from deltatune.models.places import Place
 from deltatune.models.quantise import Storages
 from deltatune.models.roles import unchanged
 from deltatune.planning.bases import planned_base, planned_outline

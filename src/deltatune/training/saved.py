@@ -12,7 +12,8 @@ from deltatune.data.dialogues import Dialogues
 from deltatune.data.tokens import length_limit
 from deltatune.errors import UserError
 from deltatune.models.adapters import SavedAdapter, load_adapter, read_adapter
-from deltatune.models.base import Base, find_base, load
+from deltatune.models.base import Base, load
+from deltatune.models.places import find_base
 from deltatune.models.vocabulary import add_tokens
 from deltatune.training.pieces import quicken
 from deltatune.training.precision import Computed, Precision, prepare, resolve
