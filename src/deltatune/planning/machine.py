@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deltatune.errors import UserError, unknown
-from deltatune.planning.tracing import PRODUCTS, Traced, Work
+from deltatune.planning.work import PRODUCTS, Traced, Work
 from deltatune.training.precision import Computed
 
 _SHEETS = Path(__file__).parent / "machines"

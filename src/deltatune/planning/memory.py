@@ -11,7 +11,7 @@ import torch
 
 from deltatune.planning.machine import Machine
 from deltatune.planning.rehearsal import Rehearsed
-from deltatune.planning.tracing import PRODUCTS, Traced
+from deltatune.planning.work import PRODUCTS, Traced
 from deltatune.training.settings import Training
 
 _SMALL = 4096

@@ -24,7 +24,8 @@ from deltatune.models.attach import attach, parts_of, penalty, trainable_paramet
 from deltatune.models.base import Base, quiet
 from deltatune.models.blocks import stacks
 from deltatune.models.targets import below
-from deltatune.planning.tracing import Repeat, Shape, Trace, Traced, shaped
+from deltatune.planning.tracing import Repeat, Shape, Trace, shaped
+from deltatune.planning.work import Traced
 from deltatune.training.checkpointing import checkpointing
 from deltatune.training.classification import Classification
 from deltatune.training.language import LanguageModelling

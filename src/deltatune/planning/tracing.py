@@ -8,12 +8,10 @@ storage from its first tensor to the end of its last one, whoever holds it: a va
 What depends on numbers is answered by the caller's word: how many tokens of a batch are scored.
 """
 
-import math
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -21,8 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deltatune.planning.forms import META, form_of, fresh
+from deltatune.planning.work import Traced, Work, work_of
+
 aten = torch.ops.aten
-_META, _CPU = torch.device("meta"), torch.device("cpu")
+_CPU = torch.device("cpu")
 
 
 class Shape(Tensor):
@@ -58,51 +59,6 @@ class Shape(Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Shape({[*self.shape]}, {self.dtype})"
-
-
-class Work(NamedTuple):
-    """One operation and the sizes that decide what it costs."""
-
-    name: str
-    """Such as mm, or native_layer_norm."""
-    dtype: torch.dtype
-    """Of its largest tensor."""
-    shape: tuple[int, ...]
-    """Of a product (batch, m, k, n): (batch, m, k) · (batch, k, n). Of anything else the numbers that it writes."""
-    nbytes: int
-    """Bytes that it reads and writes."""
-
-
-@dataclass
-class Traced:
-    """What a trace saw."""
-
-    work: Counter[Work] = field(default_factory=Counter)
-    """How often each operation ran. Views of what is there are not counted."""
-    peak: float = 0.0
-    """Most bytes that were alive at once; what was there before the trace is left out."""
-    forward: float = 0.0
-    """Bytes that were alive when the backward pass began: what is kept for it."""
-    calls: float = 0.0
-    """Operations in all, views among them."""
-    kept: Counter[str] = field(default_factory=Counter)
-    """Bytes that lived when the backward pass began, by the module that made them; empty where nobody asked."""
-
-    @property
-    def flops(self) -> float:
-        """Of the products, a multiplication and an addition being two."""
-        return sum(count * 2 * math.prod(work.shape) for work, count in self.work.items() if work.name in PRODUCTS)
-
-
-PRODUCTS: Mapping[str, Callable[..., tuple[int, ...]]] = {
-    "mm": lambda a, b, *_: (1, a.shape[0], a.shape[1], b.shape[1]),
-    "addmm": lambda c, a, b, *_: (1, a.shape[0], a.shape[1], b.shape[1]),
-    "addmm_": lambda c, a, b, *_: (1, a.shape[0], a.shape[1], b.shape[1]),
-    "bmm": lambda a, b, *_: (a.shape[0], a.shape[1], a.shape[2], b.shape[2]),
-    "baddbmm": lambda c, a, b, *_: (a.shape[0], a.shape[1], a.shape[2], b.shape[2]),
-    "mv": lambda a, b, *_: (1, a.shape[0], a.shape[1], 1),
-}
-"""The operations that multiply matrices, with their sizes."""
 
 
 @dataclass
@@ -216,15 +172,15 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         options = {name: _bare(value, known) for name, value in kwargs.items() if name != "pin_memory"}
         if packet is aten.index:
             inner[1] = _as_places(inner[1])
-        form = _form(operation)
-        if form.has_device and not any(value is _META for value in inner):
-            options["device"] = _META
+        form = form_of(operation)
+        if form.has_device and not any(value is META for value in inner):
+            options["device"] = META
         if form.writes:  # what it writes to is there, and its shape stays
             out = inner[0] if form.writes is True else options[form.writes]
             return self._wrap(out, known, operation, inner)
         with torch._C._DisableTorchDispatch():
             if form.fresh:
-                out, work = _fresh(operation, inner, options)
+                out, work = fresh(operation, inner, options)
                 return self._wrap(out, known, operation, inner, work)
             out = operation(*inner, **options)
             if torch.Tag.inplace_view in operation.tags:  # the shape itself has another form, too
@@ -248,13 +204,13 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             wrapped = out
         if self._begun is None and torch._C._current_graph_task_id() != -1:  # the first operation of a backward pass
             self._begun = self.now
-        self._work.append(work or _work(operation, inputs, out))
+        self._work.append(work or work_of(operation, inputs, out))
         return wrapped
 
     def _one(self, meta: Tensor, known: Mapping[int, Shape]) -> Tensor:
         if (same := known.get(id(meta))) is not None:
             return same
-        if meta.device != _META:
+        if meta.device != META:
             return meta
         made = Shape(meta)
         self._watch(made, meta)
@@ -312,24 +268,6 @@ def _left(repeat: Repeat, lives: Sequence[_Life], begun: int, end: int) -> Itera
         yield back, done, times * max(kept, gradients), ""
 
 
-def _work(operation: Any, inputs: list[Any], out: Any) -> Work | None:
-    """What an operation was; None for one that moves nothing."""
-    name = operation._overloadpacket.__name__
-    if name in _VIEWS:
-        return None
-    outputs = [one for one in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(one, Tensor)]
-    if not outputs and not name.endswith("_"):
-        return None
-    read = [one for one in inputs if isinstance(one, Tensor)]
-    read += [one for value in inputs if isinstance(value, list) for one in value if isinstance(one, Tensor)]
-    size = sum(one.nbytes for one in (*read, *outputs))
-    if name in PRODUCTS:
-        return Work(name, outputs[0].dtype, PRODUCTS[name](*read), size)
-    largest = max((*outputs, *read), key=lambda one: one.nbytes, default=torch.empty(0))
-    written = max((one.numel() for one in (*outputs, *read)), default=0)
-    return Work(name, largest.dtype, (written,), size)
-
-
 class _Quiet(Trace):  # type: ignore[no-untyped-call]
     """Runs operations on shapes outside of any trace."""
 
@@ -338,7 +276,7 @@ class _Quiet(Trace):  # type: ignore[no-untyped-call]
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=_META)
+    return torch.empty(shape, dtype=dtype, device=META)
 
 
 def _nonzero(trace: Trace, args: Any) -> Tensor:
@@ -376,9 +314,9 @@ def _bare(value: Any, known: dict[int, Shape]) -> Any:
     if value is None or type(value) in _PLAIN:
         return value
     if isinstance(value, Tensor):
-        return value if value.device == _META or not value.ndim else value.to(_META)
+        return value if value.device == META or not value.ndim else value.to(META)
     if isinstance(value, torch.device):
-        return _META
+        return META
     if isinstance(value, torch.Generator):
         return None
     if isinstance(value, (list, tuple)):
@@ -398,121 +336,13 @@ def _as_places(indices: list[Tensor | None]) -> list[Tensor | None]:
     return found
 
 
-class _Form(NamedTuple):
-    """What an operation does with memory."""
-
-    fresh: bool
-    """Whether all that it gives is new."""
-    has_device: bool
-    """Whether it is told a device."""
-    writes: bool | str
-    """Whether it gives its first argument, written over; or the name of the one that it gives."""
-
-
-@cache
-def _form(operation: Any) -> _Form:
-    schema = operation._schema
-    aliased = any(one.alias_info is not None for one in (*schema.arguments, *schema.returns))
-    aliased |= operation._overloadpacket is aten._unsafe_view  # which says that it is not
-    has_device = any(one.name == "device" for one in schema.arguments)
-    written = [place for place, one in enumerate(schema.arguments) if one.alias_info is not None]
-    writes: bool | str = False
-    if operation.namespace == "aten" and len(written) == len(schema.returns) == 1:
-        one = schema.arguments[written[0]]
-        resizes = torch.Tag.inplace_view in operation.tags or operation._overloadpacket in _RESIZING
-        if one.alias_info.is_write and not resizes:
-            writes = one.name if one.kwarg_only else written[0] == 0
-    return _Form(not aliased, has_device, writes)
-
-
-_RESIZING = frozenset([aten.resize_, aten.resize_as_, aten.set_])
-
-
-_seen: dict[Any, tuple[Any, Work | None]] = {}
-"""What operations gave for inputs of certain shapes: to look it up takes a tenth of the time of working it out."""
-
-
-def _fresh(operation: Any, args: list[Any], options: dict[str, Any]) -> tuple[Any, Work | None]:
-    """Runs an operation on meta tensors, or makes what it gave the last time for such ones; and what it was."""
-    key = (operation, *map(_key, args), *((name, _key(value)) for name, value in options.items()))
-    try:
-        found = _seen.get(key)
-    except TypeError:
-        return operation(*args, **options), None
-    if found is None:
-        out = operation(*args, **options)
-        work, recipe = _work(operation, args, out), _recipe(out)
-        if recipe is not None:
-            _seen[key] = recipe, work
-        return out, work
-    recipe, work = found
-    return _made(recipe), work
-
-
-def _key(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.shape, value.stride(), value.dtype
-    return tuple(map(_key, value)) if isinstance(value, list) else (type(value), value)
-
-
-def _recipe(out: Any) -> Any:
-    if isinstance(out, Tensor):
-        return tuple(out.shape), out.stride(), out.dtype
-    return [_recipe(one) for one in out] if isinstance(out, (list, tuple)) else None
-
-
-def _made(recipe: Any) -> Any:
-    if isinstance(recipe, list):
-        return tuple(map(_made, recipe))
-    if recipe is None:
-        return None
-    shape, stride, dtype = recipe
-    return torch.empty_strided(shape, stride, dtype=dtype, device=_META)
-
-
-_VIEWS = frozenset(
-    [
-        "view",
-        "_unsafe_view",
-        "t",
-        "transpose",
-        "permute",
-        "detach",
-        "alias",
-        "expand",
-        "slice",
-        "select",
-        "unsqueeze",
-        "squeeze",
-        "split",
-        "split_with_sizes",
-        "unbind",
-        "as_strided",
-        "chunk",
-        "lift_fresh",
-        "empty",
-        "empty_like",
-        "empty_strided",
-        "new_empty",
-        "_reshape_alias",
-        "diagonal",
-        "unfold",
-        "view_as_real",
-        "view_as_complex",
-        "_local_scalar_dense",
-        "equal",
-    ]
-)
-"""Operations that move nothing."""
-
-
 def shaped(model: nn.Module) -> None:
     """Puts shapes in the place of a meta model's parameters and buffers, shared ones once."""
     made: dict[Tensor, Tensor] = {}
 
     def of(tensor: Tensor) -> Tensor:
         if tensor not in made:
-            bare = tensor.meta.to(tensor.dtype) if isinstance(tensor, Shape) else tensor.detach().to(_META)
+            bare = tensor.meta.to(tensor.dtype) if isinstance(tensor, Shape) else tensor.detach().to(META)
             new: Tensor = Shape(bare)
             if isinstance(tensor, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=tensor.requires_grad)

@@ -1,0 +1,109 @@
+"""What a step does, operation by operation: what ran, how often, and which bytes lived."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Work(NamedTuple):
+    """One operation and the sizes that decide what it costs."""
+
+    name: str
+    """Such as mm, or native_layer_norm."""
+    dtype: torch.dtype
+    """Of its largest tensor."""
+    shape: tuple[int, ...]
+    """Of a product (batch, m, k, n): (batch, m, k) · (batch, k, n). Of anything else the numbers that it writes."""
+    nbytes: int
+    """Bytes that it reads and writes."""
+
+
+@dataclass
+class Traced:
+    """What a trace saw."""
+
+    work: Counter[Work] = field(default_factory=Counter)
+    """How often each operation ran. Views of what is there are not counted."""
+    peak: float = 0.0
+    """Most bytes that were alive at once; what was there before the trace is left out."""
+    forward: float = 0.0
+    """Bytes that were alive when the backward pass began: what is kept for it."""
+    calls: float = 0.0
+    """Operations in all, views among them."""
+    kept: Counter[str] = field(default_factory=Counter)
+    """Bytes that lived when the backward pass began, by the module that made them; empty where nobody asked."""
+
+    @property
+    def flops(self) -> float:
+        """Of the products, a multiplication and an addition being two."""
+        return sum(count * 2 * math.prod(work.shape) for work, count in self.work.items() if work.name in PRODUCTS)
+
+
+PRODUCTS: Mapping[str, Callable[..., tuple[int, ...]]] = {
+    "mm": lambda a, b, *_: (1, a.shape[0], a.shape[1], b.shape[1]),
+    "addmm": lambda c, a, b, *_: (1, a.shape[0], a.shape[1], b.shape[1]),
+    "addmm_": lambda c, a, b, *_: (1, a.shape[0], a.shape[1], b.shape[1]),
+    "bmm": lambda a, b, *_: (a.shape[0], a.shape[1], a.shape[2], b.shape[2]),
+    "baddbmm": lambda c, a, b, *_: (a.shape[0], a.shape[1], a.shape[2], b.shape[2]),
+    "mv": lambda a, b, *_: (1, a.shape[0], a.shape[1], 1),
+}
+"""The operations that multiply matrices, with their sizes."""
+
+
+def work_of(operation: Any, inputs: list[Any], out: Any) -> Work | None:
+    """What an operation was; None for one that moves nothing."""
+    name = operation._overloadpacket.__name__
+    if name in _VIEWS:
+        return None
+    outputs = [one for one in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(one, Tensor)]
+    if not outputs and not name.endswith("_"):
+        return None
+    read = [one for one in inputs if isinstance(one, Tensor)]
+    read += [one for value in inputs if isinstance(value, list) for one in value if isinstance(one, Tensor)]
+    size = sum(one.nbytes for one in (*read, *outputs))
+    if name in PRODUCTS:
+        return Work(name, outputs[0].dtype, PRODUCTS[name](*read), size)
+    largest = max((*outputs, *read), key=lambda one: one.nbytes, default=torch.empty(0))
+    written = max((one.numel() for one in (*outputs, *read)), default=0)
+    return Work(name, largest.dtype, (written,), size)
+
+
+_VIEWS = frozenset(
+    [
+        "view",
+        "_unsafe_view",
+        "t",
+        "transpose",
+        "permute",
+        "detach",
+        "alias",
+        "expand",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "as_strided",
+        "chunk",
+        "lift_fresh",
+        "empty",
+        "empty_like",
+        "empty_strided",
+        "new_empty",
+        "_reshape_alias",
+        "diagonal",
+        "unfold",
+        "view_as_real",
+        "view_as_complex",
+        "_local_scalar_dense",
+        "equal",
+    ]
+)
+"""Operations that move nothing."""
