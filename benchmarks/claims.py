@@ -4,7 +4,7 @@ python benchmarks/claims.py NAME… [--runs runs/claims]     runs experiments/cl
 python benchmarks/claims.py --page                         prints their part of docs/claims.md
 
 What a run gave stands in experiments/claims/found/NAME.json, with commit, machine and seconds; what that means for the
-claim, in experiments/claims/found/verdicts.yaml, is written by hand.
+claim is written by hand at the head of the experiment, after "Found:".
 """
 
 import argparse
@@ -16,7 +16,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
 from race.circumstances import circumstances
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -104,18 +103,16 @@ def _line(cells: Sequence[Any]) -> dict[str, Any]:
 
 def page() -> str:
     """The part of docs/claims.md about experiments."""
-    verdicts = yaml.safe_load((FOUND / "verdicts.yaml").read_text(encoding="utf-8"))
     parts = [INTRODUCTION]
     for path in sorted(CLAIMS.glob("*.yaml")):
-        claimed, tested = _comment(path)
+        claimed, tested, verdict = _comment(path)
         found = FOUND / f"{path.stem}.json"
-        said = verdicts.get(path.stem)
         parts += [f"### `{path.stem}`", f"**Claimed:** {claimed}", f"**Tested here:** {tested}"]
-        if not found.exists() or said is None:
+        if not found.exists():
             parts.append("**Not run yet.**")
             continue
         result = json.loads(found.read_text(encoding="utf-8"))
-        parts += [f"**Found: {said['verdict']}.** {said['because'].strip()}", _table(result["lines"])]
+        parts += [f"**Found:** {verdict}", _table(result["lines"])]
         machine = result["machine"]
         parts.append(
             f"`{result['command']}`, commit {result['commit'][:10]}, {result['date'][:10]}, "
@@ -125,13 +122,14 @@ def page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _comment(path: Path) -> tuple[str, str]:
-    """What the head of an experiment says: the claim, and how it is tested."""
+def _comment(path: Path) -> tuple[str, str, str]:
+    """What the head of an experiment says: the claim, how it is tested, and what that came to, where it was run."""
     lines = [
         line.removeprefix("#").strip() for line in path.read_text(encoding="utf-8").splitlines() if line[:1] == "#"
     ]
-    claimed, _, tested = " ".join(lines).removeprefix("Claimed:").partition("Tested here")
-    return claimed.strip(), tested.lstrip(" :").strip()
+    claimed, _, rest = " ".join(lines).removeprefix("Claimed:").partition("Tested here")
+    tested, _, verdict = rest.lstrip(" :").partition("Found:")
+    return claimed.strip(), tested.strip(), verdict.strip()
 
 
 def _table(lines: Sequence[dict[str, Any]]) -> str:
