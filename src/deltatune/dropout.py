@@ -13,41 +13,54 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from deltatune import kernels
+
 _LANES = 2**16
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+Mask = Bool[Tensor, "..."] | int
+"""Which elements of a tensor stay: truth values, or the seed that `kernels.drop` draws them from, again and again."""
+
+
 def dropout(x: Float[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:
     """The elements of x, each zeroed with probability p."""
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" and not kernels.ready(x):
         return F.dropout(x, p)
-    y: Tensor = _Dropped.apply(x, kept(x.shape, p), p)  # type: ignore[no-untyped-call]
+    y: Tensor = _Dropped.apply(x, draw(x.shape, p, x), p)  # type: ignore[no-untyped-call]
     return y
 
 
-def dropped(x: Float[Tensor, "*shape"], keeps: Bool[Tensor, "*shape"], p: float) -> Float[Tensor, "*shape"]:
+def draw(shape: Sequence[int], p: float, like: Tensor) -> Mask:
+    """A mask of that shape, for tensors of the type and on the device of `like`, in which each stays with 1 − p."""
+    if not kernels.ready(like):
+        return kept(shape, p, like.device)
+    return 0 if like.is_meta else int(torch.empty((), dtype=torch.int64).random_())
+
+
+def dropped(x: Float[Tensor, "*shape"], mask: Mask, p: float) -> Float[Tensor, "*shape"]:
     """x / (1 − p) where it stays, 0 elsewhere.
 
-    Its bits are masked: to make floats of truth values takes longer than all the rest.
+    Without a kernel its bits are masked: to make floats of truth values takes longer than all the rest.
     """
+    if isinstance(mask, int):
+        return kernels.drop(x, p, mask)
     bits = _BITS[x.itemsize]
-    stays = keeps.view(torch.int8).neg().to(bits)  # all bits or none
+    stays = mask.view(torch.int8).neg().to(bits)  # all bits or none
     return stays.bitwise_and_(x.view(bits)).view(x.dtype).mul_(1 / (1 - p))
 
 
 class _Dropped(torch.autograd.Function):
-    """`dropped`, which keeps a byte for each element."""
+    """`dropped`, which keeps no more than the mask."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keeps: Tensor, p: float) -> Tensor:
-        ctx.save_for_backward(keeps)
-        ctx.p = p
-        return dropped(x, keeps, p)
+    def forward(ctx: Any, x: Tensor, mask: Mask, p: float) -> Tensor:
+        ctx.mask, ctx.p = mask, p
+        return dropped(x, mask, p)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (keeps,) = ctx.saved_tensors
-        return dropped(gradient, keeps, ctx.p), None, None
+        return dropped(gradient, ctx.mask, ctx.p), None, None
 
 
 def kept(shape: Sequence[int], p: float, device: torch.device | str = "cpu") -> Bool[Tensor, "..."]:

@@ -50,7 +50,8 @@ def test_outputs_and_gradients_are_those_of_plain_attention(name: str, method) -
     assert expected
     for name, parameter in ours.named_parameters():
         if name in expected:
-            torch.testing.assert_close(parameter.grad, expected[name], atol=2e-4, rtol=1e-3)
+            near = 1e-5 * float(expected[name].abs().max())  # some of T5's are 100 and more
+            torch.testing.assert_close(parameter.grad, expected[name], atol=max(2e-4, near), rtol=1e-3)
 
 
 def test_its_backward_is_that_of_the_formula_with_dropout_and_bias() -> None:
@@ -108,9 +109,10 @@ def test_what_is_left_of_a_text_is_a_number_under_autocast_too() -> None:
     model = tiny_language_model("llama").eval()
     ids = torch.tensor([[0, 0, 0, 5, 6, 7], [8, 9, 10, 11, 12, 13]])
     found = []
-    for name in ("eager", short_attention.NAME):
+    for name, half in (("eager", False), ("eager", True), (short_attention.NAME, True)):
         model.set_attn_implementation(name)
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
             found.append(model(input_ids=ids, attention_mask=(ids != 0).long()).logits[:, 3:].float())
-    assert torch.isfinite(found[1]).all()
-    torch.testing.assert_close(found[1], found[0], atol=0.02, rtol=0.02)
+    exact, theirs, ours = found
+    assert torch.isfinite(ours).all()
+    assert (ours - exact).norm() < 1.2 * (theirs - exact).norm() < 0.1 * exact.norm()

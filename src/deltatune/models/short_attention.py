@@ -11,12 +11,13 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from deltatune.dropout import dropped, kept
+from deltatune import kernels
+from deltatune.dropout import Mask, draw, dropped
 
 NAME = "deltatune_short"
 _LANES = 32
@@ -96,9 +97,9 @@ def _together(
         bias = bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
         bias = torch.unflatten(bias, 1, (groups if bias.shape[1] == heads > 1 else 1, -1))
     shape = (texts, groups, heads // groups, queries, tokens)
-    keeps = kept(shape, dropout, query.device) if dropout > 0 else None
+    mask = draw(shape, dropout, query) if dropout > 0 else None
     side_by_side = query.reshape(texts, groups, heads // groups * queries, size)
-    output: Tensor = _Attend.apply(side_by_side, key, value, bias, keeps, scaling, dropout, queries)  # type: ignore[no-untyped-call]
+    output: Tensor = _Attend.apply(side_by_side, key, value, bias, mask, scaling, dropout, queries)  # type: ignore[no-untyped-call]
     return output.view(texts, heads, queries, size).transpose(1, 2).contiguous()
 
 
@@ -122,40 +123,45 @@ class _Attend(torch.autograd.Function):
         key: Float[Tensor, "texts groups tokens size"],
         value: Float[Tensor, "texts groups tokens size"],
         bias: Float[Tensor, "#texts #groups #each queries tokens"] | None,
-        keeps: Bool[Tensor, "texts groups each queries tokens"] | None,
+        mask: Mask | None,
         scaling: float,
         dropout: float,
         queries: int,
     ) -> Float[Tensor, "texts groups rows size"]:
         query, key, value = (x.contiguous() for x in (query, key, value))  # once, for the backward pass too
-        scores = torch.unflatten((query @ key.transpose(2, 3)).mul_(scaling), 2, (-1, queries))
-        if bias is not None:
-            scores.add_(bias)
-        weights = _softmax_(scores)
-        ctx.save_for_backward(query, key, value, weights, keeps)
-        ctx.scaling, ctx.dropout = scaling, dropout
+        weights = _softmax_(torch.unflatten(query @ key.transpose(2, 3), 2, (-1, queries)), bias, scaling)
+        ctx.save_for_backward(query, key, value, weights)
+        ctx.scaling, ctx.dropout, ctx.mask = scaling, dropout, mask
         ctx.bias = None if bias is None else bias.shape
-        return _dropped(weights, keeps, dropout).flatten(2, 3) @ value
+        return _dropped(weights, mask, dropout).flatten(2, 3) @ value
 
     @staticmethod
     def backward(ctx: Any, gradient: Float[Tensor, "texts groups rows size"]) -> tuple[Any, ...]:
-        query, key, value, weights, keeps = ctx.saved_tensors
-        to_value = _dropped(weights, keeps, ctx.dropout).flatten(2, 3).transpose(2, 3) @ gradient
+        query, key, value, weights = ctx.saved_tensors
+        to_value = _dropped(weights, ctx.mask, ctx.dropout).flatten(2, 3).transpose(2, 3) @ gradient
         to_weights = (gradient @ value.transpose(2, 3)).view_as(weights)
-        to_scores = _softmax_backward_(_dropped(to_weights, keeps, ctx.dropout), weights)
-        to_bias = to_scores.sum_to_size(ctx.bias) if ctx.needs_input_grad[3] else None
-        products = to_scores.flatten(2, 3)
-        to_query = (products @ key).mul_(ctx.scaling) if ctx.needs_input_grad[0] else None
-        to_key = (products.transpose(2, 3) @ query).mul_(ctx.scaling) if ctx.needs_input_grad[1] else None
+        to_products = _softmax_backward_(_dropped(to_weights, ctx.mask, ctx.dropout), weights, ctx.scaling)
+        to_bias = to_products.sum_to_size(ctx.bias).div_(ctx.scaling) if ctx.needs_input_grad[3] else None
+        products = to_products.flatten(2, 3)
+        to_query = products @ key if ctx.needs_input_grad[0] else None
+        to_key = products.transpose(2, 3) @ query if ctx.needs_input_grad[1] else None
         return to_query, to_key, to_value, to_bias, None, None, None, None
 
 
-def _dropped(x: Tensor, keeps: Tensor | None, dropout: float) -> Tensor:
-    return x if keeps is None else dropped(x, keeps, dropout)
+def _dropped(x: Tensor, mask: Mask | None, dropout: float) -> Tensor:
+    return x if mask is None else dropped(x, mask, dropout)
 
 
-def _softmax_(scores: Float[Tensor, "*shape tokens"]) -> Float[Tensor, "*shape tokens"]:
-    """The weights of scores, in their place."""
+def _softmax_(
+    products: Float[Tensor, "texts groups each queries tokens"],
+    bias: Float[Tensor, "#texts #groups #each queries tokens"] | None,
+    scaling: float,
+) -> Float[Tensor, "texts groups each queries tokens"]:
+    """The weights of scores, products · scaling + bias, in the place of the products."""
+    if kernels.ready(products):
+        kernels.softmax_(products, bias, scaling)
+        return products
+    scores = products.mul_(scaling) if bias is None else products.mul_(scaling).add_(bias)
     if not _some_rows_at_a_time(scores):
         return scores.softmax(-1)
     for rows in _parts(scores):
@@ -164,13 +170,16 @@ def _softmax_(scores: Float[Tensor, "*shape tokens"]) -> Float[Tensor, "*shape t
 
 
 def _softmax_backward_(
-    gradient: Float[Tensor, "*shape tokens"], weights: Float[Tensor, "*shape tokens"]
+    gradient: Float[Tensor, "*shape tokens"], weights: Float[Tensor, "*shape tokens"], scaling: float
 ) -> Float[Tensor, "*shape tokens"]:
-    """The gradient of the scores, given that of the weights, in its place."""
+    """The gradient of the products, given that of the weights, in its place."""
+    if kernels.ready(gradient, weights):
+        kernels.softmax_backward_(gradient, weights, scaling)
+        return gradient
     if not _some_rows_at_a_time(weights):
-        return torch._softmax_backward_data(gradient, weights, -1, weights.dtype)
+        return torch._softmax_backward_data(gradient, weights, -1, weights.dtype).mul_(scaling)
     for rows, outputs in zip(_parts(gradient), _parts(weights), strict=True):
-        rows.copy_(torch._softmax_backward_data(rows.float(), outputs.float(), -1, torch.float32))
+        rows.copy_(torch._softmax_backward_data(rows.float(), outputs.float(), -1, torch.float32).mul_(scaling))
     return gradient
 
 

@@ -33,7 +33,10 @@ def choose_attention(model: PreTrainedModel, longest: int) -> None:
 
 
 def _outputs(model: PreTrainedModel) -> torch.Tensor:
-    """What the model gives for two short texts, one of them padded. Both have one end token, which some classify by."""
+    """The states of two short texts, one of them padded. Both have one end token, which some classify by.
+
+    Not the logits: those of a fresh head are little more than rounding.
+    """
     config = model.config.get_text_config()
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     words = [id for id in range(min(64, config.vocab_size)) if id not in (*ends, config.pad_token_id)][:5]
@@ -42,5 +45,6 @@ def _outputs(model: PreTrainedModel) -> torch.Tensor:
     mask = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
     decoder = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
     with evaluating(model), torch.autocast("cpu", torch.bfloat16, enabled=model.dtype == torch.bfloat16):
-        logits: torch.Tensor = model(input_ids=ids, attention_mask=mask, **decoder).logits
-    return logits[..., :4, :] if logits.ndim == 3 else logits
+        given = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, **decoder)
+    states: torch.Tensor = (given.get("hidden_states") or given["decoder_hidden_states"])[-1]
+    return states[:, :4]

@@ -4,11 +4,13 @@
 |---|---|---|
 | attention | Transformers' attention | texts of at most 256 tokens, on a CPU |
 | dropout | `nn.Dropout` | on a CPU |
+| gates | SiLU(gate) · up in three passes | where they are the architecture's, on a CPU |
 | norms | RMSNorm in half a dozen passes | where it is frozen, on a CPU |
 | packing | padding | decoders whose attention is told where texts begin |
 | pooled | all tokens in the last block | encoders that classify by the first token |
+| rotations | rotary positions in half a dozen passes | where the two halves of a head are turned, on a CPU |
 
-What each is worth is measured by benchmarks/pieces.py.
+"On a CPU" means for `gates`, `norms` and `rotations`: where the operators of `kernels` are. What each is worth is measured by benchmarks/pieces.py.
 """
 
 from collections.abc import Collection
@@ -17,10 +19,12 @@ from typing import Literal, get_args
 from transformers import PreTrainedModel
 
 from deltatune.dropout import replace_dropout
+from deltatune.models.gates import replace_gates
 from deltatune.models.norms import replace_norms
+from deltatune.models.rotations import replace_rotations
 from deltatune.training.attention import choose_attention
 
-Piece = Literal["attention", "dropout", "norms", "packing", "pooled"]
+Piece = Literal["attention", "dropout", "gates", "norms", "packing", "pooled", "rotations"]
 PIECES: tuple[Piece, ...] = get_args(Piece)
 
 
@@ -31,7 +35,11 @@ def quicken(model: PreTrainedModel, longest: int, plain: Collection[Piece] = ())
     """
     if "dropout" not in plain:
         replace_dropout(model)
+    if "gates" not in plain:
+        replace_gates(model)
     if "norms" not in plain:
         replace_norms(model)
+    if "rotations" not in plain:
+        replace_rotations(model)
     if "attention" not in plain:
         choose_attention(model, longest)

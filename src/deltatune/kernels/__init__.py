@@ -1,0 +1,206 @@
+"""What a training step does between its matrix products, in one pass each: operators over the loops of kernels.c.
+
+They are for CPUs, and there where the machine has a C compiler. Everybody who uses one asks `ready` first and has
+another way. They are operators of PyTorch's, so what watches those (a profiler, a plan) sees them too.
+"""
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from deltatune.kernels.build import library
+
+_BITS = {torch.bfloat16: 16, torch.float32: 32}
+
+
+def ready(*tensors: Tensor) -> bool:
+    """Whether the operators can be called with these tensors: all bf16, or all fp32, and on a CPU or without numbers."""
+    kind = tensors[0].dtype
+    here = all(tensor.device.type in ("cpu", "meta") and tensor.dtype == kind for tensor in tensors)
+    return here and kind in _BITS and not isinstance(library(_BITS[kind]), str)
+
+
+def missing() -> str:
+    """Why there are none here; empty where there are."""
+    found = library(16)
+    return found if isinstance(found, str) else ""
+
+
+def rms_norm(
+    x: Float[Tensor, "rows width"], weight: Float[Tensor, " width"], epsilon: float
+) -> tuple[Float[Tensor, "rows width"], Float[Tensor, " rows"]]:
+    """w · (x·r), and r = 1 / √(mean(x²) + ε) in fp32; x·r is rounded to the type of x before w."""
+    found: tuple[Tensor, Tensor] = torch.ops.deltatune.rms_norm(x.contiguous(), weight, epsilon)
+    return found
+
+
+def rms_norm_backward(
+    x: Float[Tensor, "rows width"],
+    weight: Float[Tensor, " width"],
+    scales: Float[Tensor, " rows"],
+    dy: Float[Tensor, "rows width"],
+) -> Float[Tensor, "rows width"]:
+    """With g = w·dy:   dx = r·(g − x·r²·mean(x·g))."""
+    dx: Tensor = torch.ops.deltatune.rms_norm_backward(x.contiguous(), weight, scales, dy.contiguous())
+    return dx
+
+
+def gated_silu(gate: Float[Tensor, "*shape"], up: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """gate · σ(gate) · up; the first product is rounded before the second."""
+    y: Tensor = torch.ops.deltatune.gated_silu(gate.contiguous(), up.contiguous())
+    return y
+
+
+def gated_silu_backward(
+    gate: Float[Tensor, "*shape"], up: Float[Tensor, "*shape"], dy: Float[Tensor, "*shape"]
+) -> tuple[Float[Tensor, "*shape"], Float[Tensor, "*shape"]]:
+    """With s = σ(gate):   dgate = dy · up · s · (1 + gate·(1 − s)),  dup = dy · gate · s."""
+    found: tuple[Tensor, Tensor] = torch.ops.deltatune.gated_silu_backward(
+        gate.contiguous(), up.contiguous(), dy.contiguous()
+    )
+    return found
+
+
+def rotate(
+    x: Float[Tensor, "tokens heads size"],
+    cosines: Float[Tensor, "tokens size"],
+    sines: Float[Tensor, "tokens size"],
+    back: bool,
+) -> Float[Tensor, "tokens heads size"]:
+    """x · cos + [−x₂, x₁] · sin, with x₁ and x₂ the two halves of each head; `back` is its transpose."""
+    y: Tensor = torch.ops.deltatune.rotate(x.contiguous(), cosines.contiguous(), sines.contiguous(), back)
+    return y
+
+
+def softmax_(
+    scores: Float[Tensor, "texts groups each queries tokens"],
+    bias: Float[Tensor, "#texts #groups #each #queries tokens"] | None,
+    scaling: float,
+) -> None:
+    """softmax(scores · scaling + bias), in the place of the scores, which are dense."""
+    torch.ops.deltatune.softmax_(scores, None if bias is None else bias.contiguous(), scaling)
+
+
+def softmax_backward_(
+    gradient: Float[Tensor, "*rows tokens"], weights: Float[Tensor, "*rows tokens"], scaling: float
+) -> None:
+    """The gradient of the scores, scaling · w · (dw − Σ w·dw), in the place of that of the weights w. Both are dense."""
+    torch.ops.deltatune.softmax_backward_(gradient, weights, scaling)
+
+
+def cross_entropy_(
+    logits: Float[Tensor, "rows classes"], targets: Int[Tensor, " rows"], units: int
+) -> Float[Tensor, " rows"]:
+    """log Σ exp z − z_target of each row z; (softmax(z) − one-hot) / units overwrites the logits, which are dense."""
+    losses: Tensor = torch.ops.deltatune.cross_entropy_(logits, targets, units)
+    return losses
+
+
+def drop(x: Float[Tensor, "*shape"], p: float, seed: int) -> Float[Tensor, "*shape"]:
+    """The elements of x, each zeroed with probability p (to within 2⁻¹⁶) or divided by 1 − p; a seed drops the same."""
+    y: Tensor = torch.ops.deltatune.drop(x.contiguous(), p, seed)
+    return y
+
+
+def _run(name: str, like: Tensor, *arguments: Tensor | float | int | None | ctypes.Array[Any]) -> None:
+    """Calls a function of the library for the type of `like`: tensors by where they are, the rest as they are."""
+    made = library(_BITS[like.dtype])
+    assert not isinstance(made, str), made
+    made[name](*map(_argument, arguments))
+
+
+def _argument(value: Tensor | float | int | None | ctypes.Array[Any]) -> Any:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return ctypes.c_int64(value) if isinstance(value, int) else value
+
+
+def _sizes(values: Any) -> ctypes.Array[Any]:
+    return (ctypes.c_int64 * 4)(*values)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+    y, scales = torch.empty_like(x), torch.empty(len(x), dtype=torch.float32, device=x.device)
+    if not x.is_meta:
+        _run("rms_norm", x, x, weight, epsilon, y, scales, *x.shape)
+    return y, scales
+
+
+def _rms_norm_backward(x: Tensor, weight: Tensor, scales: Tensor, dy: Tensor) -> Tensor:
+    dx = torch.empty_like(x)
+    if not x.is_meta:
+        _run("rms_norm_backward", x, x, weight, scales, dy, dx, *x.shape)
+    return dx
+
+
+def _gated_silu(gate: Tensor, up: Tensor) -> Tensor:
+    y = torch.empty_like(gate)
+    if not gate.is_meta:
+        _run("gated_silu", gate, gate, up, y, gate.numel())
+    return y
+
+
+def _gated_silu_backward(gate: Tensor, up: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    if not gate.is_meta:
+        _run("gated_silu_backward", gate, gate, up, dy, dgate, dup, gate.numel())
+    return dgate, dup
+
+
+def _rotate(x: Tensor, cosines: Tensor, sines: Tensor, back: bool) -> Tensor:
+    y = torch.empty_like(x)
+    if not x.is_meta:
+        tokens, heads, size = x.shape
+        _run("rotate", x, x, cosines, sines, y, -1.0 if back else 1.0, tokens, heads, size // 2)
+    return y
+
+
+def _softmax(scores: Tensor, bias: Tensor | None, scaling: float) -> None:
+    if not scores.is_meta:
+        strides = None if bias is None else _sizes(bias.expand(scores.shape).stride()[:4])
+        _run("softmax", scores, scores, bias, _sizes(scores.shape[:4]), strides, scaling, scores.shape[4])
+
+
+def _softmax_backward(gradient: Tensor, weights: Tensor, scaling: float) -> None:
+    if not gradient.is_meta:
+        tokens = gradient.shape[-1]
+        _run("softmax_backward", gradient, gradient, weights, scaling, gradient.numel() // tokens, tokens)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, units: int) -> Tensor:
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    if not logits.is_meta:
+        _run("cross_entropy", logits, logits, targets, 1 / units, losses, *logits.shape)
+    return losses
+
+
+def _drop(x: Tensor, p: float, seed: int) -> Tensor:
+    y = torch.empty_like(x)
+    if not x.is_meta:
+        _run("drop", x, x, y, seed, round(p * 2**16), 1 / (1 - p), x.numel())
+    return y
+
+
+_operators = torch.library.Library("deltatune", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+
+def _define(signature: str, function: Callable[..., Any]) -> None:
+    _operators.define(signature)  # type: ignore[no-untyped-call]
+    _operators.impl(signature.partition("(")[0], function, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+
+
+_define("rms_norm(Tensor x, Tensor weight, float epsilon) -> (Tensor, Tensor)", _rms_norm)
+_define("rms_norm_backward(Tensor x, Tensor weight, Tensor scales, Tensor dy) -> Tensor", _rms_norm_backward)
+_define("gated_silu(Tensor gate, Tensor up) -> Tensor", _gated_silu)
+_define("gated_silu_backward(Tensor gate, Tensor up, Tensor dy) -> (Tensor, Tensor)", _gated_silu_backward)
+_define("rotate(Tensor x, Tensor cosines, Tensor sines, bool back) -> Tensor", _rotate)
+_define("softmax_(Tensor(a!) scores, Tensor? bias, float scaling) -> ()", _softmax)
+_define("softmax_backward_(Tensor(a!) gradient, Tensor weights, float scaling) -> ()", _softmax_backward)
+_define("cross_entropy_(Tensor(a!) logits, Tensor targets, int units) -> Tensor", _cross_entropy)
+_define("drop(Tensor x, float p, int seed) -> Tensor", _drop)

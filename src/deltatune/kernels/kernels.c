@@ -1,0 +1,273 @@
+/* What a training step does between its matrix products: each loop here reads its inputs once, computes in fp32 and
+   writes its outputs once. PyTorch makes several passes of each, with what lies between them in memory.
+
+   Numbers have BITS bits: 16 (bf16) or 32 (fp32). Every matrix is dense and row-major. Threads share the rows, always
+   in the same way, and no sum is shared between them, so the same inputs give the same bits. The vectors are those of
+   GCC and Clang: 16 numbers, in as many registers as the processor needs. What each function computes stands beside
+   its operator in __init__.py. */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { LANES = 16 };
+typedef int64_t size;
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+
+static inline floats all(float x) { return x - (floats){0}; }
+static inline floats choose(ints which, floats yes, floats no)
+{
+    return (floats)((which & (ints)yes) | (~which & (ints)no));
+}
+
+#if BITS == 16
+typedef uint16_t number; /* the upper half of a float */
+typedef uint16_t numbers __attribute__((vector_size(2 * LANES)));
+static inline floats widen(numbers x) { return (floats)(__builtin_convertvector(x, words) << 16); }
+static inline numbers narrow(floats x) /* to the nearest, ties to even */
+{
+    words bits = (words)x;
+    return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, numbers);
+}
+#else
+typedef float number;
+typedef floats numbers;
+static inline floats widen(numbers x) { return x; }
+static inline numbers narrow(floats x) { return x; }
+#endif
+static inline floats rounded(floats x) { return widen(narrow(x)); }
+
+/* The first n of 16 numbers; the others are 0 when read and left alone when written. */
+static inline floats load(const number *from, size n)
+{
+    numbers x = {0};
+    if (n >= LANES) memcpy(&x, from, sizeof x);
+    else memcpy(&x, from, n * sizeof *from);
+    return widen(x);
+}
+static inline void store(number *to, floats x, size n)
+{
+    numbers y = narrow(x);
+    if (n >= LANES) memcpy(to, &y, sizeof y);
+    else memcpy(to, &y, n * sizeof *to);
+}
+static inline floats swapped(floats x, int by) /* lanes that are `by` apart change places */
+{
+    ints place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return __builtin_shuffle(x, place ^ by);
+}
+static inline float total(floats x)
+{
+    for (int by = LANES / 2; by > 0; by /= 2) x += swapped(x, by);
+    return x[0];
+}
+static inline float highest(floats x)
+{
+    for (int by = LANES / 2; by > 0; by /= 2) x = choose(swapped(x, by) > x, swapped(x, by), x);
+    return x[0];
+}
+/* The first n of 16 numbers, and `rest` in the place of the others. */
+static inline floats first(size n, floats x, float rest)
+{
+    ints place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return n >= LANES ? x : choose(place < (int)n, x, all(rest));
+}
+
+/* exp to 2e-7 of itself: 2^n · e^r with r within ±ln 2 / 2; 0 below -87, which is what minus infinity gives. */
+static inline floats exponential(floats x)
+{
+    ints low = x < -87.0f;
+    x = choose(x > 88.0f, all(88.0f), choose(low, all(-87.0f), x));
+    floats n = x * 1.44269504f + 12582912.0f; /* rounds to a whole number */
+    ints whole = (ints)n - 0x4b400000;
+    n -= 12582912.0f;
+    floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return choose(low, all(0), p * (floats)((whole + 127) << 23));
+}
+static inline floats sigmoid(floats x) { return 1.0f / (1.0f + exponential(-x)); }
+
+/* Norms --------------------------------------------------------------------------------------------------------- */
+
+void rms_norm(const number *x, const number *weight, float epsilon, number *y, float *scales, size rows, size width)
+{
+#pragma omp parallel for schedule(static)
+    for (size row = 0; row < rows; row++) {
+        const number *from = x + row * width;
+        floats squares = {0};
+        for (size i = 0; i < width; i += LANES) {
+            floats now = load(from + i, width - i);
+            squares += now * now;
+        }
+        float scale = scales[row] = 1.0f / sqrtf(total(squares) / width + epsilon);
+        for (size i = 0; i < width; i += LANES)
+            store(y + row * width + i, rounded(load(from + i, width - i) * scale) * load(weight + i, width - i), width - i);
+    }
+}
+
+void rms_norm_backward(const number *x, const number *weight, const float *scales, const number *dy, number *dx, size rows,
+                       size width)
+{
+#pragma omp parallel for schedule(static)
+    for (size row = 0; row < rows; row++) {
+        size begin = row * width;
+        floats products = {0};
+        for (size i = 0; i < width; i += LANES)
+            products += load(x + begin + i, width - i) * load(dy + begin + i, width - i) * load(weight + i, width - i);
+        float scale = scales[row], shared = total(products) * scale * scale / width;
+        for (size i = 0; i < width; i += LANES) {
+            floats g = load(dy + begin + i, width - i) * load(weight + i, width - i);
+            store(dx + begin + i, (g - load(x + begin + i, width - i) * shared) * scale, width - i);
+        }
+    }
+}
+
+/* Activations --------------------------------------------------------------------------------------------------- */
+
+void gated_silu(const number *gate, const number *up, number *y, size count)
+{
+#pragma omp parallel for schedule(static)
+    for (size i = 0; i < count; i += LANES) {
+        floats g = load(gate + i, count - i);
+        store(y + i, rounded(g * sigmoid(g)) * load(up + i, count - i), count - i);
+    }
+}
+
+void gated_silu_backward(const number *gate, const number *up, const number *dy, number *dgate, number *dup, size count)
+{
+#pragma omp parallel for schedule(static)
+    for (size i = 0; i < count; i += LANES) {
+        floats g = load(gate + i, count - i), d = load(dy + i, count - i), s = sigmoid(g);
+        store(dup + i, d * g * s, count - i);
+        store(dgate + i, d * load(up + i, count - i) * s * (1.0f + g * (1.0f - s)), count - i);
+    }
+}
+
+/* Positions ----------------------------------------------------------------------------------------------------- */
+
+/* Turns the pairs (i, i + half) of every head; with sign −1 back. cos and sin have the two numbers one after another. */
+void rotate(const number *x, const number *cosines, const number *sines, number *y, float sign, size tokens, size heads,
+            size half)
+{
+#pragma omp parallel for schedule(static)
+    for (size token = 0; token < tokens; token++)
+        for (size head = 0; head < heads; head++) {
+            size begin = (token * heads + head) * 2 * half;
+            const number *c = cosines + token * 2 * half, *s = sines + token * 2 * half;
+            for (size i = 0; i < half; i += LANES) {
+                size n = half - i;
+                floats first = load(x + begin + i, n), second = load(x + begin + half + i, n);
+                floats at = load((sign < 0 ? s + half : s) + i, n), after = load((sign < 0 ? s : s + half) + i, n);
+                store(y + begin + i, first * load(c + i, n) - sign * second * at, n);
+                store(y + begin + half + i, second * load(c + half + i, n) + sign * first * after, n);
+            }
+        }
+}
+
+/* Attention ----------------------------------------------------------------------------------------------------- */
+
+/* The scores of (text, group, member of the group, query), of these `sizes`; `strides` is where each finds its bias. */
+void softmax(number *scores, const number *bias, const size *sizes, const size *strides, float scaling, size tokens)
+{
+    size blocks = sizes[0] * sizes[1] * sizes[2], queries = sizes[3];
+#pragma omp parallel for schedule(static)
+    for (size block = 0; block < blocks; block++) {
+        const number *added = bias;
+        if (bias)
+            added += block / sizes[2] / sizes[1] * strides[0] + block / sizes[2] % sizes[1] * strides[1] +
+                     block % sizes[2] * strides[2];
+        for (size query = 0; query < queries; query++) {
+            number *here = scores + (block * queries + query) * tokens;
+            floats kept[tokens / LANES + 1], most = all(-INFINITY), sums = {0};
+            for (size i = 0; i < tokens; i += LANES) {
+                floats z = load(here + i, tokens - i) * scaling;
+                if (bias) z += load(added + query * strides[3] + i, tokens - i);
+                kept[i / LANES] = z = first(tokens - i, z, -INFINITY);
+                most = choose(z > most, z, most);
+            }
+            float top = highest(most);
+            for (size i = 0; i < tokens; i += LANES) sums += kept[i / LANES] = exponential(kept[i / LANES] - top);
+            float factor = 1.0f / total(sums);
+            for (size i = 0; i < tokens; i += LANES) store(here + i, kept[i / LANES] * factor, tokens - i);
+        }
+    }
+}
+
+/* The gradient of unscaled scores in the place of that of the weights. */
+void softmax_backward(number *gradient, const number *weights, float scaling, size rows, size tokens)
+{
+#pragma omp parallel for schedule(static)
+    for (size row = 0; row < rows; row++) {
+        number *here = gradient + row * tokens;
+        const number *w = weights + row * tokens;
+        floats sums = {0};
+        for (size i = 0; i < tokens; i += LANES) sums += load(here + i, tokens - i) * load(w + i, tokens - i);
+        float shared = total(sums);
+        for (size i = 0; i < tokens; i += LANES)
+            store(here + i, (load(here + i, tokens - i) - shared) * load(w + i, tokens - i) * scaling, tokens - i);
+    }
+}
+
+/* Loss ---------------------------------------------------------------------------------------------------------- */
+
+void cross_entropy(number *logits, const int64_t *targets, float share, float *losses, size rows, size classes)
+{
+#pragma omp parallel for schedule(static)
+    for (size row = 0; row < rows; row++) {
+        number *z = logits + row * classes;
+        floats most = all(-INFINITY), sums = {0};
+        for (size i = 0; i < classes; i += LANES) {
+            floats now = first(classes - i, load(z + i, classes - i), -INFINITY);
+            most = choose(now > most, now, most);
+        }
+        float top = highest(most), right = load(z + targets[row], 1)[0];
+        for (size i = 0; i < classes; i += LANES)
+            sums += exponential(first(classes - i, load(z + i, classes - i), -INFINITY) - top);
+        float sum = total(sums);
+        losses[row] = logf(sum) + top - right;
+        float factor = share / sum;
+        for (size i = 0; i < classes; i += LANES)
+            store(z + i, exponential(load(z + i, classes - i) - top) * factor, classes - i);
+        store(z + targets[row], all(expf(right - top) * factor - share), 1);
+    }
+}
+
+/* Dropout ------------------------------------------------------------------------------------------------------- */
+
+/* 16 words of random bits for the place and the seed: two rounds of multiplying and folding, as hash tables do. */
+static inline words scattered(uint32_t place, uint32_t seed, uint32_t stream)
+{
+    words x = place + (words){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    x = (x ^ (x >> 16) ^ seed) * 0x21f0aaadu;
+    x = (x ^ (x >> 15) ^ stream) * 0x735a2d97u;
+    return x ^ (x >> 15);
+}
+
+static inline uint64_t mixed(uint64_t x) /* SplitMix64: seeds that are near each other are far apart then */
+{
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+/* An element stays where its 16 bits are not below `bar`. */
+void drop(const number *x, number *y, int64_t seed, size bar, float scale, size count)
+{
+    uint64_t key = mixed(seed);
+#pragma omp parallel for schedule(static)
+    for (size i = 0; i < count; i += 2 * LANES) {
+        words bits = scattered((uint32_t)(i / 2), (uint32_t)key, (uint32_t)(key >> 32) ^ (uint32_t)(i >> 33));
+        size n = count - i;
+        store(y + i, choose((bits & 0xffff) >= (uint32_t)bar, load(x + i, n) * scale, all(0)), n);
+        if (n > LANES)
+            store(y + i + LANES, choose((bits >> 16) >= (uint32_t)bar, load(x + i + LANES, n - LANES) * scale, all(0)), n - LANES);
+    }
+}

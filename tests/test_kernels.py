@@ -1,0 +1,240 @@
+"""The loops that are compiled give what their formulas give, whatever the sizes; without a compiler all works as well."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from deltatune import kernels
+from deltatune.dropout import dropout
+from deltatune.kernels.build import library
+from deltatune.models.gates import gated_silu, replace_gates
+from deltatune.models.norms import replace_norms
+from deltatune.models.rotations import replace_rotations, rotated
+from deltatune.training.cross_entropy import cross_entropy_
+from deltatune.training.pieces import quicken
+from tiny import tiny_language_model
+
+TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+NEAR = {torch.float32: 1e-6, torch.bfloat16: 8e-3}
+"""Of the largest number: bf16 has eight bits, and some results are rounded twice."""
+
+needs_kernels = pytest.mark.skipif(bool(kernels.missing()), reason=kernels.missing())
+
+
+def numbers(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).mul_(3).to(dtype)
+
+
+def near(found: Tensor, exact: Tensor) -> None:
+    """Whether what was found in some type is what was computed in double."""
+    limit = NEAR[found.dtype] * float(exact.abs().max())
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=limit)
+
+
+def doubles(*tensors: Tensor) -> list[Tensor]:
+    return [one.detach().double().requires_grad_() for one in tensors]
+
+
+def formula(function: Callable[..., Tensor], dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The output and the gradients of some inputs, in double."""
+    leaves = doubles(*inputs)
+    y = function(*leaves)
+    return y.detach(), *torch.autograd.grad(y, leaves, dy.double())
+
+
+def test_they_are_here_where_a_compiler_is() -> None:
+    """This suite runs with one, so that nothing below is skipped unseen."""
+    assert not kernels.missing()
+
+
+@needs_kernels
+@TYPES
+@pytest.mark.parametrize("shape", [(1, 2), (3, 16), (5, 37), (40, 576)], ids=str)
+def test_norms(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, dy, weight = numbers(*shape, dtype=dtype), numbers(*shape, dtype=dtype, seed=1), numbers(shape[1], dtype=dtype)
+    y, scales = kernels.rms_norm(x, weight, 1e-5)
+    exact, dx = formula(lambda x: x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight.double(), dy, x)
+    near(y, exact)
+    near(kernels.rms_norm_backward(x, weight, scales, dy), dx)
+
+
+@needs_kernels
+@TYPES
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 5000])
+def test_gates(count: int, dtype: torch.dtype) -> None:
+    gate, up, dy = (numbers(count, dtype=dtype, seed=seed) for seed in range(3))
+    exact, dgate, dup = formula(lambda gate, up: F.silu(gate) * up, dy, gate, up)
+    near(kernels.gated_silu(gate, up), exact)
+    for found, wanted in zip(kernels.gated_silu_backward(gate, up, dy), (dgate, dup), strict=True):
+        near(found, wanted)
+
+
+@needs_kernels
+def test_gates_of_large_numbers() -> None:
+    gate = torch.tensor([-1e30, -100.0, -88.0, 0.0, 88.0, 100.0, 1e30])
+    torch.testing.assert_close(kernels.gated_silu(gate, torch.ones(7)), F.silu(gate))
+
+
+@needs_kernels
+@TYPES
+@pytest.mark.parametrize("half", [4, 16, 24, 32])
+def test_rotations(half: int, dtype: torch.dtype) -> None:
+    x, dy = (numbers(2, 3, 5, 2 * half, dtype=dtype, seed=seed) for seed in range(2))
+    angles = numbers(1, 5, half, dtype=torch.float32).repeat(1, 1, 2)
+    cosines, sines = angles.cos().to(dtype), angles.sin().to(dtype)
+    exact, dx = formula(lambda x: apply_rotary_pos_emb(x, x, cosines.double(), sines.double())[0], dy, x)
+    leaf = x.requires_grad_()
+    y = rotated(leaf, cosines, sines)
+    y.backward(dy)
+    near(y.detach(), exact)
+    near(leaf.grad, dx)
+
+
+@needs_kernels
+@TYPES
+@pytest.mark.parametrize("tokens", [1, 16, 37, 128])
+@pytest.mark.parametrize("shape", [None, (1, 1, 1, 5), (2, 1, 1, 5), (2, 3, 1, 1), (1, 3, 4, 5)], ids=str)
+def test_softmax(shape: tuple[int, ...] | None, tokens: int, dtype: torch.dtype) -> None:
+    products, dw = (numbers(2, 3, 4, 5, tokens, dtype=dtype, seed=seed) for seed in range(2))
+    bias = None if shape is None else numbers(*shape, tokens, dtype=dtype, seed=2)
+    if bias is not None and tokens > 1:
+        bias[..., 0] = -torch.inf
+    weights = products.clone()
+    kernels.softmax_(weights, bias, 0.3)
+    added = 0 if bias is None else bias.double()
+    exact, gradient = formula(lambda x: (0.3 * x + added).softmax(-1), dw, products)
+    near(weights, exact)
+    assert bias is None or tokens == 1 or not weights[..., 0].any()
+    found = dw.clone()
+    kernels.softmax_backward_(found, weights, 0.3)
+    near(found, gradient)
+
+
+@needs_kernels
+def test_what_is_no_number_stays_none() -> None:
+    products = torch.zeros(1, 1, 1, 2, 20)
+    products[..., 0, 3] = torch.nan
+    kernels.softmax_(products, None, 1.0)
+    assert products[..., 0, :].isnan().all()
+    assert not products[..., 1, :].isnan().any()
+    for dtype in NEAR:
+        logits = torch.zeros(2, 20, dtype=dtype)
+        logits[0, 3] = torch.nan
+        losses = kernels.cross_entropy_(logits, torch.tensor([1, 1]), 1)
+        assert losses.isnan().tolist() == [True, False]
+        assert logits[0].isnan().all()
+        assert not logits[1].isnan().any()
+
+
+@needs_kernels
+@TYPES
+def test_a_seed_drops_the_same_again_and_another_something_else(dtype: torch.dtype) -> None:
+    x = torch.ones(300, 1001, dtype=dtype)
+    once, again, other = (kernels.drop(x, 0.3, seed) for seed in (2**40 + 5, 2**40 + 5, 5))
+    assert torch.equal(once, again)
+    both = ((once == 0) & (other == 0)).float().mean().item()
+    assert both == pytest.approx(0.09, abs=0.005)
+
+
+@needs_kernels
+@pytest.mark.parametrize("seed", [0, 1, 2**62])
+def test_what_is_dropped_has_no_pattern(seed: int) -> None:
+    """Neither along a row nor down a column, nor from one seed to the next."""
+    zero = (kernels.drop(torch.ones(2048, 1024), 0.3, seed) == 0).float()
+    nearby = (kernels.drop(torch.ones(2048, 1024), 0.3, seed + 1) == 0).float()
+    pairs = [(zero[:, :-lag], zero[:, lag:]) for lag in (1, 16, 32)] + [(zero[:-1], zero[1:]), (zero, nearby)]
+    for a, b in pairs:
+        assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.004  # 6 standard errors
+    assert (zero.mean(0) - 0.3).abs().max() < 0.06
+    assert (zero.mean(1) - 0.3).abs().max() < 0.09
+
+
+@needs_kernels
+def test_the_same_inputs_give_the_same_bits() -> None:
+    x, weight = numbers(999, 577, dtype=torch.bfloat16), numbers(577, dtype=torch.bfloat16)
+    first, second = (kernels.rms_norm(x, weight, 1e-5) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def step(model: nn.Module, plain: tuple[str, ...]) -> list[Tensor]:
+    """The loss and the gradients of a step of a tiny Llama."""
+    quicken(model, 64, plain)
+    ids = torch.arange(4, 36).view(2, 16)
+    model.train().zero_grad()
+    logits = model(input_ids=ids, use_cache=False).logits
+    loss = F.cross_entropy(logits.flatten(0, 1), ids.flatten())
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@needs_kernels
+def test_a_model_with_them_trains_as_without() -> None:
+    found = []
+    for plain in ((), ("gates", "norms", "rotations", "attention", "dropout")):
+        model = tiny_language_model("llama")
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("norm" not in name)
+        found.append(step(model, plain))
+    assert len(found[0]) > 8
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@needs_kernels
+def test_what_is_replaced_says_so() -> None:
+    """Otherwise the test above compares nothing."""
+    model = tiny_language_model("llama").requires_grad_(False)
+    for replace in (replace_gates, replace_norms, replace_rotations):
+        replace(model)
+    changed = [type(module).__name__ for module in model.modules() if "forward" in vars(module)]
+    assert changed == ["LlamaAttention", "LlamaMLP"] * 2
+
+
+@pytest.fixture
+def _no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    library.cache_clear()
+    monkeypatch.setenv("CC", "no-such-compiler")
+    yield
+    library.cache_clear()
+
+
+@pytest.mark.usefixtures("_no_compiler")
+def test_without_a_compiler_everything_has_another_way() -> None:
+    assert kernels.missing() == "there is no C compiler here: install gcc"
+    assert not kernels.ready(torch.ones(3))
+    assert (dropout(torch.ones(1000), 0.5) == 0).any()
+    logits = torch.zeros(2, 5)
+    assert cross_entropy_(logits, torch.tensor([0, 1]), 2) == pytest.approx(1.6094, abs=1e-4)
+    assert len(step(tiny_language_model("llama"), ())) > 8
+
+
+def test_a_compiler_that_fails_is_said_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    monkeypatch.setenv("DELTATUNE_CACHE", str(tmp_path / "cache"))
+    assert library.__wrapped__(16) == f"{broken} could not compile them"
+    assert not list((tmp_path / "cache" / "kernels").iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
+def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tmp_path.chmod(0o500)
+    monkeypatch.setenv("DELTATUNE_CACHE", str(tmp_path / "cache"))
+    assert "could not be kept or loaded" in library.__wrapped__(16)
+
+
+@needs_kernels
+def test_a_gate_keeps_no_more_than_what_comes_in() -> None:
+    gate, up = (numbers(8, dtype=torch.float32, seed=seed).requires_grad_() for seed in range(2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        gated_silu(gate, up)
+    assert [one.data_ptr() for one in kept] == [gate.data_ptr(), up.data_ptr()]
