@@ -1,4 +1,4 @@
-"""The loops that are compiled give what their formulas give, whatever the sizes; without a compiler all works as well."""
+"""The compiled loops give what their formulas give, whatever the sizes; without a compiler all works as well."""
 
 import os
 from collections.abc import Callable

@@ -18,7 +18,7 @@ _BITS = {torch.bfloat16: 16, torch.float32: 32}
 
 
 def ready(*tensors: Tensor) -> bool:
-    """Whether the operators can be called with these tensors: all bf16, or all fp32, and on a CPU or without numbers."""
+    """Whether the operators take these tensors: all bf16, or all fp32, and on a CPU or without numbers."""
     kind = tensors[0].dtype
     here = all(tensor.device.type in ("cpu", "meta") and tensor.dtype == kind for tensor in tensors)
     return here and kind in _BITS and not isinstance(library(_BITS[kind]), str)
@@ -88,7 +88,7 @@ def softmax_(
 def softmax_backward_(
     gradient: Float[Tensor, "*rows tokens"], weights: Float[Tensor, "*rows tokens"], scaling: float
 ) -> None:
-    """The gradient of the scores, scaling · w · (dw − Σ w·dw), in the place of that of the weights w. Both are dense."""
+    """scaling · w · (dw − Σ w·dw), the scores' gradient, in the place of that of the weights w. Both are dense."""
     torch.ops.deltatune.softmax_backward_(gradient, weights, scaling)
 
 
@@ -106,14 +106,14 @@ def drop(x: Float[Tensor, "*shape"], p: float, seed: int) -> Float[Tensor, "*sha
     return y
 
 
-def _run(name: str, like: Tensor, *arguments: Tensor | float | int | None | ctypes.Array[Any]) -> None:
+def _run(name: str, like: Tensor, *arguments: Tensor | float | int | ctypes.Array[Any] | None) -> None:
     """Calls a function of the library for the type of `like`: tensors by where they are, the rest as they are."""
     made = library(_BITS[like.dtype])
     assert not isinstance(made, str), made
     made[name](*map(_argument, arguments))
 
 
-def _argument(value: Tensor | float | int | None | ctypes.Array[Any]) -> Any:
+def _argument(value: Tensor | float | int | ctypes.Array[Any] | None) -> Any:
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
     if isinstance(value, float):

@@ -53,7 +53,7 @@ def _compile(compiler: str, flags: tuple[str, ...], file: Path) -> None:
 
 
 def _processor() -> str:
-    """What tells processors apart: a cache can be shared by machines, and what was made for one may not run on another."""
+    """What tells processors apart: machines can share a cache, and what was made for one may not run on another."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -29,11 +29,12 @@ class _Gated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels.gated_silu_backward(*ctx.saved_tensors, dy)
+        gate, up = ctx.saved_tensors
+        return kernels.gated_silu_backward(gate, up, dy)
 
 
 def replace_gates(model: nn.Module) -> None:
-    """Gives every layer that computes down(SiLU(gate(x)) · up(x)), by these names, a forward pass that uses `gated_silu`."""
+    """Lets every layer that computes down(SiLU(gate(x)) · up(x)), by these names, use `gated_silu`."""
     for module in model.modules():
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
         names = ("down_proj", "act_fn", "gate_proj", "up_proj")  # in the order in which the formula has them

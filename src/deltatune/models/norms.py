@@ -41,7 +41,8 @@ class _Normed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return kernels.rms_norm_backward(*ctx.saved_tensors, dy), None, None
+        x, weight, scales = ctx.saved_tensors
+        return kernels.rms_norm_backward(x, weight, scales, dy), None, None
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Rotary positions on a CPU in one pass, forward and backward.
 
-Su et al. 2021, arXiv 2104.09864, equation 34, with the pairs as Transformers' Llama has them: number i of a head's first
-half with number i of its second. Transformers makes two products, a turned copy and a sum of queries and of keys.
+Su et al. 2021, arXiv 2104.09864, equation 34, with the pairs as Transformers' Llama has them: number i of a head's
+first half with number i of its second. Transformers makes two products, a turned copy and a sum of queries and of keys.
 """
 
 import inspect
@@ -18,7 +18,7 @@ from deltatune import kernels
 
 _NAME = "apply_rotary_pos_emb"
 Apply = Callable[..., tuple[Tensor, Tensor]]
-"""What Transformers calls with queries and keys (texts, heads, tokens, size), and cosines and sines (texts, tokens, size)."""
+"""Takes queries and keys (texts, heads, tokens, size), and cosines and sines (texts, tokens, size)."""
 
 
 def rotated(
@@ -42,7 +42,8 @@ class _Rotated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return kernels.rotate(dy, *ctx.saved_tensors, back=True), None, None
+        cosines, sines = ctx.saved_tensors
+        return kernels.rotate(dy, cosines, sines, back=True), None, None
 
 
 def replace_rotations(model: nn.Module) -> None:

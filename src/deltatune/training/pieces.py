@@ -10,7 +10,8 @@
 | pooled | all tokens in the last block | encoders that classify by the first token |
 | rotations | rotary positions in half a dozen passes | where the two halves of a head are turned, on a CPU |
 
-"On a CPU" means for `gates`, `norms` and `rotations`: where the operators of `kernels` are. What each is worth is measured by benchmarks/pieces.py.
+"On a CPU" means for `gates`, `norms` and `rotations`: where the operators of `kernels` are. What each is worth is
+measured by benchmarks/pieces.py.
 """
 
 from collections.abc import Collection
