@@ -5,7 +5,8 @@ OMP_NUM_THREADS=1 python benchmarks/harness.py [--rounds 3] [--method lora] [--t
 `bare` reads the data, loads `minilm`, tunes it, tests it and saves the adapter; `cell` is one cell of a comparison,
 which also plans, records, times a forward pass, and writes the card. Both take turns in one process, the first being
 another one in each round; a round that is not counted comes before them. Medians, and the median of the ratios within
-a round; on one thread it is processor time that is measured, which other work on the machine hardly touches.
+a round. Where no plan can be made (a warning says so) its seconds are missing. On one thread it is processor time that
+is measured, which other work on the machine hardly touches.
 """
 
 import argparse

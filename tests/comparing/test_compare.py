@@ -13,7 +13,7 @@ import yaml
 
 from command import Outcome, deltatune, write_reviews
 from deltatune.comparing import cell as cells_of_a_run
-from deltatune.comparing import plots, table
+from deltatune.comparing import table
 from deltatune.comparing.results import CellResult
 from deltatune.training.events import Finished, Planned, Started, Step, read_events
 from runs import Run, cell_processes, in_this_process, until, without_report, write_run
@@ -234,7 +234,6 @@ def test_cells_of_different_code_are_told_in_the_terminal_and_in_the_report(tmp_
         monkeypatch.setattr(cells_of_a_run, "code_mark", lambda: "0.0.9-before")
         run.start("--method", "head")
     assert "different code" not in caplog.text
-    monkeypatch.setattr(plots, "plots", lambda *_: [])
     with in_this_process(report=True):
         monkeypatch.setattr(cells_of_a_run, "code_mark", lambda: "0.1.0-after")
         run.start()
