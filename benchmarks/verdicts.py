@@ -1,14 +1,14 @@
 """How often a comparison calls methods different that are not, and how often it finds a difference that is there.
 
-OMP_NUM_THREADS=1 python benchmarks/verdicts.py [--simulations 1000] [--examples 1500] [--methods 2]
+OMP_NUM_THREADS=1 python benchmarks/verdicts.py [--simulations 1000] [--methods 2]
 
 Test examples, seeds and answers are made up: what is hard for one method is hard for the others, each method has
-examples that suit it, each seed its luck on single examples, and each seed of each method shifts its accuracy (`luck`,
-the standard deviation of that shift in points). Without a difference every method is equally good, so that a comparison
-which calls any pair different gives a false alarm. With one, the first method is better by twice the half-width that
-decides in such comparisons (the mean over simulations without any), and should be called better than the second.
-
-`resampling` is how often percentiles of resampled examples and seeds, one seed fewer drawn, leave out 0 for one pair.
+examples that suit it, each seed its luck on single examples, and each seed of each method shifts its quality (`luck`,
+the standard deviation of that shift in points). Answers are right or wrong, 80% of them right, or scored by degrees.
+Without a difference every method is equally good, so that a comparison which calls any pair different gives a false
+alarm. With one, the first method is better by twice the half-width that decides in such comparisons (the mean over
+simulations without any), and should be called better than the second; where no method could be so much better that is
+left out.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from scipy.stats import norm
 
 from deltatune.comparing.chance import Values, chance, moderated
 from deltatune.comparing.results import CellResult
-from deltatune.comparing.statistics import LEVEL, between, pairs
+from deltatune.comparing.statistics import LEVEL, between, pairs, with_imagined
 
 TEMPLATE = CellResult(
     label="", method="lora", options={}, seed=0, metric="accuracy", test={"accuracy": 0.0}, test_values=[],
@@ -33,12 +33,10 @@ THRESHOLD = norm.ppf(0.8)
 SPREAD = (1 + 0.5**2 + 0.6**2) ** 0.5
 """Standard deviation of a score: of the example, of how it suits the method, of the seed's luck on it."""
 
-
-WORLDS = [
-    (2, 1, 0.0), (2, 2, 0.0), (2, 2, 0.01), (2, 3, 0.0), (2, 3, 0.005), (2, 3, 0.01), (2, 3, 0.03), (2, 5, 0.01),
-    (5, 1, 0.0), (5, 3, 0.0), (5, 3, 0.01), (10, 3, 0.01), (10, 3, 0.01, 2),
-]  # fmt: skip
-"""Methods, seeds, the luck of a seed, and how many methods have five times as much of it."""
+SLOPE = norm.pdf(0) / 2**0.5
+"""By how much the mean of scores by degrees rises with what their normal variables are shifted by."""
+SIMULATIONS_OF_HALF_WIDTHS = 200
+"""They vary little, and finding them takes longer than a verdict."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +47,11 @@ class World:
     seeds: int
     examples: int
     luck: float
-    """Standard deviation of the accuracy of one seed, as a share."""
+    """Standard deviation of the quality of one seed, as a share."""
     noisy: int = 0
     """The last so many methods have five times that."""
+    graded: bool = False
+    """Whether answers are scored by degrees."""
 
     def draw(self, generator: np.random.Generator, advantage: float = 0.0) -> list[CellResult]:
         """Cells of one comparison; the first method is better by `advantage` (a share), the others are alike."""
@@ -62,33 +62,54 @@ class World:
             single = 0.6 * generator.normal(size=(self.examples, self.seeds))
             luck = self.luck * (5 if method >= self.methods - self.noisy else 1)
             gain = advantage * (method == 0) + luck * generator.normal(size=self.seeds)
-            right = (hard + suits + single) / SPREAD < THRESHOLD + gain / norm.pdf(THRESHOLD)
+            score = (hard + suits + single) / SPREAD
+            values = norm.cdf(gain / SLOPE - score) if self.graded else score < THRESHOLD + gain / norm.pdf(THRESHOLD)
             cells += [
                 TEMPLATE.model_copy(
-                    update={"label": str(method), "seed": seed, "test_values": right[:, seed].astype(float).tolist()}
+                    update={"label": str(method), "seed": seed, "test_values": values[:, seed].astype(float)}
                 )
                 for seed in range(self.seeds)
             ]
         return cells
 
+    @property
+    def room(self) -> float:
+        """By how much a method could be better."""
+        return 0.3 if self.graded else 0.2
+
+
+WORLDS = [
+    *(
+        World(methods, seeds, examples, 0.01 if seeds > 1 else 0.0, graded=graded)
+        for methods in (2, 5)
+        for seeds in (1, 2, 3, 5)
+        for graded in (False, True)
+        for examples in (100, 1500)
+    ),
+    World(2, 2, 1500, 0.0), World(2, 3, 1500, 0.0), World(2, 3, 1500, 0.03), World(2, 1, 20, 0.0, graded=True),
+    World(5, 3, 1500, 0.0), World(5, 3, 1500, 0.03), World(5, 3, 500, 0.01, noisy=1), World(5, 3, 500, 0.01, noisy=2),
+    World(10, 3, 500, 0.01), World(10, 3, 500, 0.01, noisy=2),
+]  # fmt: skip
+
 
 def simulate(world: World, simulations: int, seed: int = 0) -> dict[str, float]:
     """Shares of simulated comparisons that call any pair different without a difference, and find one that is there."""
     generator = np.random.default_rng(seed)
-    alarms, halves, resampled = [], [], []
-    for _ in range(simulations):
+    alarms, halves = [], []
+    for number in range(simulations):
         cells = world.draw(generator)
         found = pairs(cells)
         alarms.append(any(pair.difference.verdict != "not distinguishable" for pair in found))
-        gains = [gains_of(cells, pair.a, pair.b) for pair in found]
-        halves.append(moderated([chance(one) for one in gains], world.methods)[0].half_width(LEVEL / len(found)))
-        resampled.append(not percentile_interval_holds_0(gains[0], generator))
+        if number < SIMULATIONS_OF_HALF_WIDTHS:
+            gains = [with_imagined(gains_of(cells, pair.a, pair.b)) for pair in found]
+            halves.append(moderated([chance(one) for one in gains], world.methods)[0].half_width(LEVEL / len(found)))
     advantage = 2 * fmean(halves)
     hits = []
-    for _ in range(simulations):
+    for _ in range(simulations if advantage < world.room else 0):
         gap = between(pairs(world.draw(generator, advantage)), "0", "1")
         hits.append(gap is not None and gap.verdict == "better")
-    return {"false": fmean(alarms), "half": fmean(halves), "found": fmean(hits), "resampling": fmean(resampled)}
+    power = {"found": fmean(hits)} if hits else {}
+    return {"false": fmean(alarms), "half": fmean(halves), **power}
 
 
 def gains_of(cells: list[CellResult], a: str, b: str) -> Values:
@@ -97,33 +118,24 @@ def gains_of(cells: list[CellResult], a: str, b: str) -> Values:
     return np.subtract(first, second).T
 
 
-def percentile_interval_holds_0(gains: Values, generator: np.random.Generator, resamples: int = 500) -> bool:
-    """Whether the percentile interval of resampled examples and seeds holds 0."""
-    patterns, counts = np.unique(gains, axis=0, return_counts=True)
-    draws = generator.multinomial(counts.sum(), counts / counts.sum(), size=resamples)
-    seeds = gains.shape[1]
-    weights = generator.multinomial(max(1, seeds - 1), np.full(seeds, 1 / seeds), size=resamples)
-    low, high = np.quantile((draws @ patterns * weights).sum(axis=1), [0.025, 0.975])
-    return bool(low <= 0 <= high)
-
-
 def main() -> None:
     """Prints a line for each world."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--simulations", type=int, default=1000)
-    parser.add_argument("--examples", type=int, default=1500)
-    parser.add_argument("--methods", type=int, default=2, help="leave out the worlds with fewer")
+    parser.add_argument("--methods", type=int, nargs="*", help="only worlds with so many")
     arguments = parser.parse_args()
-    print("| Methods | Seeds | Luck of a seed | Called different | Half-width | Found at twice that | Resampling |")
-    print("|---|---|---|---|---|---|---|")
-    for methods, seeds, luck, *noisy in WORLDS:
-        if methods < arguments.methods:
+    print("| Methods | Seeds | Luck | Scores | Examples | Called different | Half-width | Found at twice that |")
+    print("|---|---|---|---|---|---|---|---|")
+    for world in WORLDS:
+        if arguments.methods and world.methods not in arguments.methods:
             continue
-        found = simulate(World(methods, seeds, arguments.examples, luck, *noisy), arguments.simulations)
-        some = f", {noisy[0]} five times" if noisy else ""
+        found = simulate(world, arguments.simulations)
+        some = f", {world.noisy} five times" if world.noisy else ""
+        scores = "by degrees" if world.graded else "right or wrong"
         print(
-            f"| {methods} | {seeds} | {100 * luck:g}{some} | {found['false']:.1%} "
-            f"| {100 * found['half']:.2f} | {found['found']:.1%} | {found['resampling']:.1%} |",
+            f"| {world.methods} | {world.seeds} | {100 * world.luck:g}{some} | {scores} | {world.examples} "
+            f"| {found['false']:.1%} | {100 * found['half']:.2f} "
+            f"| {format(found['found'], '.1%') if 'found' in found else '–'} |",
             flush=True,
         )
 

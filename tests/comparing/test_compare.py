@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from command import Outcome, deltatune, write_reviews
+from deltatune.comparing import cell as cells_of_a_run
 from deltatune.comparing import table
 from deltatune.comparing.results import CellResult
 from deltatune.training.events import Finished, Planned, Started, Step, read_events
@@ -225,6 +226,24 @@ def test_flags_and_a_file_that_say_the_same_make_the_same_cells(tmp_path, withou
     assert len(results) == 4
     assert {path: path.stat().st_mtime_ns for path in (run.folder / "cells").glob("*/result.json")} == results
     assert from_flags.out == from_file.out
+
+
+def test_cells_of_different_code_are_told_in_the_terminal_and_in_the_report(tmp_path, monkeypatch, caplog):
+    run = write_run(tmp_path, methods=["head", "norms"], training={"epochs": 1})
+    with in_this_process():
+        monkeypatch.setattr(cells_of_a_run, "code_mark", lambda: "0.0.9-before")
+        run.start("--method", "head")
+    assert "different code" not in caplog.text
+    with in_this_process(report=True):
+        monkeypatch.setattr(cells_of_a_run, "code_mark", lambda: "0.1.0-after")
+        run.start()
+    words = (
+        "These runs are of different code: 0.0.9-before ran head (seed 0); 0.1.0-after ran norms (seed 0). What "
+        "differs between them may come from that; a new folder would run all with one."
+    )
+    assert words in caplog.messages, "which the command line shows on stderr"
+    assert words in html.unescape((run.folder / "report.html").read_text())
+    assert words in (run.folder / "results.md").read_text()
 
 
 def test_a_damaged_result_is_run_again(tmp_path, without_processes):

@@ -7,9 +7,11 @@ from dataclasses import asdict
 import pytest
 from rich.console import Console
 
-from deltatune.comparing import table
+from deltatune.comparing import compare, table
 from deltatune.comparing.records import records
 from deltatune.comparing.results import FailedCell
+from deltatune.comparing.summary import summary
+from deltatune.files import write_text
 
 
 def printed(comparison, width: int) -> str:
@@ -40,6 +42,37 @@ def test_without_full_fine_tuning_the_first_label_that_finished_is_the_reference
     assert [row.label for row in rows if row.is_reference] == ["lora"]
     assert [row.figures.time_share for row in rows if row.figures] == [None, None]
     assert rows[1].figures.difference.verdict == "not distinguishable"
+
+
+def test_the_reference_is_the_experiments_first_method_whichever_seed_it_failed_with(make_cell, tmp_path, monkeypatch):
+    """Cells come seed by seed, so that the first that finished is another method's."""
+    told = []
+    monkeypatch.setattr(compare, "write_report", lambda *given: told.append(given) or tmp_path / "report.html")
+    labels = ["lora", "head", "bitfit"]
+    gone = FailedCell(label="lora", method="lora", options={}, seed=0, reason="out of memory")
+    ran = [make_cell(label, label, seed) for seed in (0, 1) for label in labels if (label, seed) != ("lora", 0)]
+    experiment = {"methods": [{"label": label} for label in labels]}
+    for number in range(len(ran)):
+        write_text(tmp_path / str(number) / "events.jsonl", "")
+    done = compare.write_results(
+        tmp_path, experiment, [(tmp_path / str(n), cell) for n, cell in enumerate(ran)], [gone]
+    )
+    rows = table.rows(done.results, done.failed)
+    assert [(row.label, row.is_reference, row.seeds) for row in rows] == [
+        ("lora", True, (1,)),
+        ("head", False, (0, 1)),
+        ("bitfit", False, (0, 1)),
+    ]
+    assert [row.figures.difference.seeds for row in rows[1:]] == [(1,), (1,)]
+    assert "lora failed in part: differences to it are made from seed 1 alone. 1 of 6 runs failed" in summary(rows)
+    assert told[0][2] == done.results, "the report has the same order"
+    assert "Against lora, points" in (tmp_path / "results.md").read_text()
+
+
+def test_that_full_fine_tuning_is_not_the_reference_since_it_failed_is_said(make_cell):
+    gone = FailedCell(label="full", method="full", options={}, seed=0, reason="out of memory")
+    words = summary(table.rows([make_cell("lora"), make_cell("head")], [gone]))
+    assert "Full fine-tuning failed with every seed: the others are held against lora." in words
 
 
 def test_a_row_has_the_mean_and_the_spread_over_its_seeds(make_cell):

@@ -12,14 +12,22 @@ from rich.table import Table
 from rich.text import Text
 
 from deltatune.comparing.progress import Progress
-from deltatune.comparing.results import CellResult, FailedCell, Trained
+from deltatune.comparing.results import CellResult, Elsewhere, FailedCell, Trained
 from deltatune.comparing.table import seconds
 from deltatune.training.events import Event
 
 if TYPE_CHECKING:  # the table is there before the seconds that torch and transformers take to import
     from deltatune.comparing.experiment import Cell
 
-_COLOURS = {"training": "cyan", "testing": "cyan", "done": "green", "kept": "green", "failed": "red", "waiting": "dim"}
+_COLOURS = {
+    "waiting": "dim",
+    "training": "cyan",
+    "testing": "cyan",
+    "done": "green",
+    "done elsewhere": "green",
+    "kept": "green",
+    "failed": "red",
+}
 _AROUND = 7
 """Lines of the terminal that the rows of the table leave free."""
 
@@ -49,7 +57,7 @@ class LiveTable:
         for cell in cells:
             self._of(cell)
 
-    def watch(self, cell: "Cell", news: Event | CellResult | FailedCell | Trained) -> None:
+    def watch(self, cell: "Cell", news: Event | Elsewhere | CellResult | FailedCell | Trained) -> None:
         """Listens to a comparison."""
         self._of(cell).hear(news)
 
@@ -70,7 +78,7 @@ class LiveTable:
 
     def _shown(self) -> RenderableType:
         rows = list(self._runs.values())
-        ended = sum(run.state in ("done", "kept", "failed") for run in rows)
+        ended = sum(run.state not in ("waiting", "training", "testing") for run in rows)
         words = Text(f"{ended} of {len(rows)} runs" + (f", {seconds(left)} left" if (left := self._left()) else ""))
         self._spinner.update(text="writing the report" if ended and ended == len(rows) else "loading base and data")
         busy: list[RenderableType] = [] if self._over or any(r.state == "training" for r in rows) else [self._spinner]

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 
 from deltatune.comparing.quality import named
-from deltatune.comparing.results import CellResult, FailedCell, Trained
+from deltatune.comparing.results import CellResult, Elsewhere, FailedCell, Trained
 from deltatune.training.events import Evaluated, Event, Finished, Started, Step
 
 if TYPE_CHECKING:  # the bar is there before the seconds that torch and transformers take to import
@@ -46,7 +46,7 @@ class RunProgress:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._ran = False
+        self._ran = self._elsewhere = False
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -58,14 +58,15 @@ class RunProgress:
     ) -> None:
         self._bar.stop()
 
-    def watch(self, cell: "Cell", news: Event | CellResult | FailedCell | Trained) -> None:
+    def watch(self, cell: "Cell", news: Event | Elsewhere | CellResult | FailedCell | Trained) -> None:
         """Listens to a comparison: a bar for the cell that runs, a line for each that is over."""
         trial = getattr(cell, "trial", None)
         name = f"{cell.method.label}, " + (f"seed {cell.seed}" if trial is None else f"trial {trial}")
         match news:
+            case Elsewhere():
+                self._elsewhere = True
             case CellResult():
-                ran = f"{news.train_seconds:.0f} s of training" if self._ran else "kept from before"
-                self._over(f"{name}: {named(news.metric).word} {news.quality:.1%} on test, {ran}")
+                self._over(f"{name}: {named(news.metric).word} {news.quality:.1%} on test, {self._how(news)}")
             case Trained():
                 self._over(
                     f"{name}: " + (news.reason or f"validation {named(news.metric).word} {abs(news.value or 0):.3f}")
@@ -95,9 +96,14 @@ class RunProgress:
         """Leaves a line on the screen."""
         self._bar.console.print(words, soft_wrap=True, markup=False)
 
+    def _how(self, result: CellResult) -> str:
+        if self._elsewhere:
+            return "done meanwhile by another command"
+        return f"{result.train_seconds:.0f} s of training" if self._ran else "kept from before"
+
     def _over(self, words: str) -> None:
         self.say(words)
-        self._ran = False
+        self._ran = self._elsewhere = False
         self._wait()
 
     def _wait(self) -> None:

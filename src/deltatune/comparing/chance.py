@@ -2,8 +2,9 @@
 
 A table of values, (examples, seeds), is read as a mean, an effect of each example, an effect of each seed and a rest:
 both examples and seeds are drawn anew by whoever repeats the comparison (crossed random effects; Searle, Casella &
-McCulloch 1992). The mean then varies as √a·N + √b·t: the examples' part is normal, and the seeds' part is Student's t,
-since their spread is known from a few seeds alone (a sum of this kind is Behrens' and Fisher's).
+McCulloch 1992). The mean then varies as √a·N + √b·t: the examples' part is normal, and that of the seeds, with the
+rest that falls to each, is Student's t, since their spread is known from a few seeds alone (a sum of this kind is
+Behrens' and Fisher's).
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ Values = npt.NDArray[np.float64]
 _MOST = 1e6
 """Degrees of freedom that are as good as infinitely many."""
 _NEGLIGIBLE = 0.01
-"""Share of the examples' variance up to which the seeds' is counted as the examples' is: as a known one."""
+"""Share of the examples' variance up to which the seeds' is left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,30 +33,23 @@ class Chance:
     examples: int
     seeds: int
     of_examples: float
-    """Variance of the mean that comes from the choice of examples."""
+    """Variance of the mean that comes from the choice of examples, were these seeds all there are."""
+    rest: float = 0.0
+    """The part of it that falls to a single example with a single seed, which the spread of the seeds holds as well."""
     between: float = 0.0
-    """Mean square between the seeds: of what one example gives, as their means tell."""
-    noise: float = 0.0
-    """The part of it that single examples would bring without any luck of the seeds."""
+    """Mean square between the seeds, of what one example gives: their luck and that rest."""
     freedom: float = 0.0
     """Degrees of freedom of `between`: one less than the seeds, and more where other methods tell of it as well."""
 
     @property
     def of_seeds(self) -> float:
-        """Variance of the mean that comes from the luck of the seeds; 0 for one seed, which cannot show it.
-
-        Two or three seeds may agree by luck. Of the noise that their means owe to single examples, only the share
-        1 − 1/freedom is therefore taken off: none for two seeds by themselves, nearly all for many.
-        `benchmarks/verdicts.py` shows what that brings.
-        """
-        if not self.freedom:
-            return 0.0
-        return max(0.0, self.between - (1 - 1 / self.freedom) * self.noise) / (self.examples * self.seeds)
+        """Variance of the mean that comes from the luck of the seeds and the rest; 0 for one seed, which shows none."""
+        return self.between / (self.examples * self.seeds) if self.freedom else 0.0
 
     @property
     def error(self) -> float:
-        """The standard error of the mean."""
-        return float((self.of_examples + self.of_seeds) ** 0.5)
+        """The standard error of the mean: with seeds that agree by luck no less than that of these seeds alone."""
+        return float(max(self.of_examples, self.of_examples - self.rest + self.of_seeds) ** 0.5)
 
     def beyond(self, distance: float) -> float:
         """The probability that chance alone takes the mean this far from the truth, either way."""
@@ -63,11 +57,7 @@ class Chance:
             return 1.0
         if self.error == 0:
             return float(distance == 0)
-        if self.of_seeds <= _NEGLIGIBLE * self.of_examples:
-            return float(2 * stdtr(self.examples - 1, -distance / self.error))
-        normal, weights = _normal()
-        upper = stdtr(self.freedom, (normal * self.of_examples**0.5 - distance) / self.of_seeds**0.5)
-        return float(min(1.0, 2 * (upper @ weights)))  # both sides alike
+        return max(self._beyond_with_these_seeds(distance), self._beyond_with_any(distance))
 
     def half_width(self, level: float) -> float:
         """The distance that chance alone goes beyond with probability `level`; infinite where nothing can be said."""
@@ -75,10 +65,24 @@ class Chance:
             return float("inf")
         if self.error == 0:
             return 0.0
-        if self.of_seeds <= _NEGLIGIBLE * self.of_examples:
-            return float(-stdtrit(self.examples - 1, level / 2) * self.error)
+        least = float(-stdtrit(self.examples - 1, level / 2) * self.of_examples**0.5)
+        if self._beyond_with_any(least) <= level:
+            return least
         most = -stdtrit(self.freedom, level / 4) * self.of_seeds**0.5 + 40 * self.of_examples**0.5
-        return float(brentq(lambda distance: self.beyond(distance) - level, 0.0, most, rtol=1e-6))
+        return float(brentq(lambda distance: self._beyond_with_any(distance) - level, least, most, rtol=1e-6))
+
+    def _beyond_with_these_seeds(self, distance: float) -> float:
+        if self.of_examples == 0:
+            return float(distance == 0)
+        return float(2 * stdtr(self.examples - 1, -distance / self.of_examples**0.5))
+
+    def _beyond_with_any(self, distance: float) -> float:
+        of_examples = self.of_examples - self.rest
+        if self.of_seeds <= _NEGLIGIBLE * of_examples:
+            return 0.0
+        normal, weights = _normal()
+        upper = stdtr(self.freedom, (normal * of_examples**0.5 - distance) / self.of_seeds**0.5)
+        return float(min(1.0, 2 * (upper @ weights)))  # both sides alike
 
 
 def chance(values: Values) -> Chance:
@@ -91,9 +95,12 @@ def chance(values: Values) -> Chance:
         return Chance(mean, count, 1, between_examples / count)
     own = values.mean(axis=0) - mean
     between_seeds = count * float(own @ own) / (seeds - 1)
-    rest = values - mean - examples[:, None] - own
-    noise = float((rest**2).sum()) / max(1, (count - 1) * (seeds - 1))
-    return Chance(mean, count, seeds, between_examples / (count * seeds), between_seeds, noise, seeds - 1)
+    single = values - mean - examples[:, None] - own
+    noise = float((single**2).sum()) / max(1, (count - 1) * (seeds - 1))
+    # Examples and seeds both show the rest, which is in the mean but once. It is taken off the examples, which tell it
+    # precisely: taken off the seeds it would make few that agree by luck look sure.
+    rest = min(noise, between_examples) / (count * seeds)
+    return Chance(mean, count, seeds, between_examples / (count * seeds), rest, between_seeds, seeds - 1)
 
 
 def moderated(pairs: Sequence[Chance], methods: int) -> list[Chance]:

@@ -10,6 +10,7 @@ FOLDER/results.csv  results.parquet  results.md  report.html  plots/
 import logging
 import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from deltatune.comparing.experiment import Cell, Experiment
 from deltatune.comparing.locks import writing
 from deltatune.comparing.match import match
 from deltatune.comparing.processes import CellProcesses
-from deltatune.comparing.provenance import code_mark, versions
+from deltatune.comparing.provenance import code_mark, different_code, versions
 from deltatune.comparing.records import write_tables
 from deltatune.comparing.report import check_installed, write_report
 from deltatune.comparing.results import CellResult, FailedCell, Trained
@@ -52,7 +53,7 @@ class Comparison:
 
     folder: Path
     results: list[CellResult]
-    """Of the largest number of training examples: what the tables and the report compare."""
+    """Of the largest number of training examples, method by method: what the tables and the report compare."""
     failed: list[FailedCell]
     report: Path
     smaller: tuple[CellResult, ...] = ()
@@ -70,6 +71,7 @@ def compare(
     what no other has, and all end with the same report. A cell whose plan exceeds this machine's memory fails before
     anything is loaded; `force` runs it all the same. Raises `UserError` for what is wrong beforehand.
     """
+    began = time.time()
     check_installed()
     folder = Path(folder)
     place = find_base(experiment.base)
@@ -81,7 +83,7 @@ def compare(
         folder.mkdir(parents=True, exist_ok=True)
     watch = _warning(watch)
     with CellProcesses(folder, force=force) as processes:
-        searches, chosen = _search(sized, Where(place, data), processes, watch)
+        searches, chosen = _search(sized, Where(place, data), processes, watch, began)
         lanes = [Single(cell) for cell in chosen.cells(place.id, place.revision, data.revision)]
         cells = [lane.cell for lane in lanes]
         resolved = _resolved(experiment, cells, place, data, targets)
@@ -89,7 +91,7 @@ def compare(
         resolved["resolved"]["cells"] = [cell.place for cell in cells]
         text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True, width=120)
         write_text(folder / "experiment.yaml", text)
-        share(lanes, processes, watch)
+        share(lanes, processes, watch, began)
     finished = [(folder / lane.cell.place, lane.result) for lane in lanes if isinstance(lane.result, CellResult)]
     failed = [lane.result for lane in lanes if isinstance(lane.result, FailedCell)]
     return write_results(folder, resolved, finished, [*failed, *_unsearched(experiment, searches)], searches)
@@ -119,7 +121,7 @@ def _warning(watch: Watcher) -> Watcher:
 
 
 def _search(
-    experiment: Experiment, where: Where, processes: CellProcesses, watch: Watcher
+    experiment: Experiment, where: Where, processes: CellProcesses, watch: Watcher, began: float
 ) -> tuple[list[Search], Experiment]:
     """Runs the searches that the experiment asks for; gives them, and the experiment with what they chose."""
     if experiment.tuning is None:
@@ -131,7 +133,7 @@ def _search(
         if isinstance(news, Trained | FailedCell):
             write_searches(processes.folder, [lane.search for lane in lanes])
 
-    share(lanes, processes, note)
+    share(lanes, processes, note, began)
     searches = [lane.search for lane in lanes]
     write_searches(processes.folder, searches)
     found = tuple(choice for lane in lanes if (choice := lane.chosen()))
@@ -162,12 +164,20 @@ def write_results(
     failed: Sequence[FailedCell],
     searches: Sequence[Search] = (),
 ) -> Comparison:
-    """Writes results.csv, with every cell, and the report, of the largest number of training examples."""
+    """Writes results.csv, with every cell, and the report, of the largest number of training examples.
+
+    Cells come in the order of the experiment's methods: the first of them that finished any is the first everywhere,
+    whichever seed it failed with.
+    """
+    order = [choice["label"] for choice in resolved["methods"]]
+    finished = sorted(finished, key=lambda one: order.index(one[1].label))
     most = max((result.train_examples for _, result in finished), default=0)
     largest = {place: result for place, result in finished if result.train_examples == most}
     results = list(largest.values())
     curves = {(result.label, result.seed): list(read_events(place / EVENTS)) for place, result in largest.items()}
     smaller = tuple(result for _, result in finished if result.train_examples < most)
+    if mixed := different_code([*results, *smaller]):
+        log.warning("%s", mixed)
     with writing(folder):
         write_tables(folder, results, failed, smaller)
         report = write_report(folder, resolved, results, failed, curves, smaller)

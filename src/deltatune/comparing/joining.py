@@ -3,7 +3,7 @@
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +72,9 @@ def join(folders: Sequence[Path], out: Path) -> Comparison:
             write_searches(new, searches)
             _copy_trials(runs, new)
         failed = [result for _, result in cells.values() if isinstance(result, FailedCell)]
-        write_results(new, experiment, [(new / place, result) for place, result in results.items()], failed, searches)
-    most = max((result.train_examples for result in results.values()), default=0)
-    return Comparison(
-        out,
-        [result for result in results.values() if result.train_examples == most],
-        failed,
-        out / "report.html",
-        tuple(result for result in results.values() if result.train_examples < most),
-        tuple(searches),
-    )
+        finished = [(new / place, result) for place, result in results.items()]
+        done = write_results(new, experiment, finished, failed, searches)
+    return replace(done, folder=out, report=out / "report.html")
 
 
 def _read(folder: Path) -> Run:

@@ -6,10 +6,10 @@ from statistics import fmean
 from typing import Literal
 
 from deltatune.comparing.quality import named
-from deltatune.comparing.results import CellResult, FailedCell, Trained
+from deltatune.comparing.results import CellResult, Elsewhere, FailedCell, Trained
 from deltatune.training.events import Evaluated, Event, Finished, Started, Step
 
-State = Literal["waiting", "training", "testing", "done", "kept", "failed"]
+State = Literal["waiting", "training", "testing", "done", "done elsewhere", "kept", "failed"]
 
 _POINTS = 80
 
@@ -22,7 +22,7 @@ class Progress:
     part: str
     """Which of the label's runs it is: "seed 0", "trial 3"."""
     state: State = "waiting"
-    """Kept: it was finished before anyone listened."""
+    """Kept: it was finished before anyone listened. Done elsewhere: another command did it meanwhile."""
     step: int = 0
     steps: int = 0
     seconds: float = 0.0
@@ -38,7 +38,7 @@ class Progress:
     validation: list[tuple[float, float]] = field(default_factory=list)
     """Epoch and validation loss of each evaluation."""
 
-    def hear(self, news: Event | CellResult | Trained | FailedCell) -> None:
+    def hear(self, news: Event | Elsewhere | CellResult | Trained | FailedCell) -> None:
         """Takes in what happened."""
         match news:
             case Started():
@@ -55,6 +55,8 @@ class Progress:
                 self.quality = _validation(news.figures)
             case Finished():
                 self.state, self.seconds = "testing", news.seconds
+            case Elsewhere():
+                self.state = "done elsewhere"
             case CellResult():
                 self._end(news.steps, news.train_seconds, f"{named(news.metric).word} {news.quality:.1%}")
             case Trained():
@@ -64,7 +66,8 @@ class Progress:
                 self.state, self.reason = "failed", news.reason
 
     def _end(self, steps: int, seconds: float, quality: str) -> None:
-        self.state = "kept" if self.state == "waiting" else "done"
+        if self.state != "done elsewhere":
+            self.state = "kept" if self.state == "waiting" else "done"
         self.step = self.steps = steps
         self.seconds, self.quality = seconds, quality
 

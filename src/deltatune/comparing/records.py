@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltatune.comparing import table
+from deltatune.comparing.provenance import different_code
 from deltatune.comparing.quality import named
 from deltatune.comparing.results import CellResult, FailedCell
 from deltatune.comparing.statistics import mean_interval
@@ -27,7 +28,8 @@ def write_tables(
     """
     write_csv(folder / "results.csv", [*results, *smaller], failed)
     write_parquet(folder / "results.parquet", [*results, *smaller], failed)
-    write_text(folder / "results.md", markdown(table.rows(results, failed)))
+    mixed = different_code([*results, *smaller])
+    write_text(folder / "results.md", markdown(table.rows(results, failed)) + (f"\n{mixed}\n" if mixed else ""))
 
 
 def records(results: Sequence[CellResult], failed: Sequence[FailedCell] = ()) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import yaml
 
 from deltatune.comparing import table
 from deltatune.comparing.columns import columns
+from deltatune.comparing.provenance import different_code
 from deltatune.comparing.records import records
 from deltatune.comparing.results import CellResult, FailedCell
 from deltatune.comparing.search import read_searches
@@ -78,7 +79,7 @@ def write_report(
         seconds=table.seconds,
         best=best,
         tiles=figures_of_best,
-        caution=table.what_intervals_cover(rows),
+        cautions=[text for text in (different_code([*results, *smaller]), table.what_intervals_cover(rows)) if text],
         rows=rows,
         columns=shown,
         groups={group: list(several) for group, several in groupby(shown, key=lambda column: column.group)},

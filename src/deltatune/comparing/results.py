@@ -1,5 +1,6 @@
 """What a comparison found: one result for each cell, as it stands in the cell's result.json."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,11 @@ class FailedCell(BaseModel):
     seed: int
     reason: str
     hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """Another command ran the cell since this one began; what came out of it follows."""
 
 
 _RESULT: TypeAdapter[CellResult | Trained] = TypeAdapter(CellResult | Trained)

@@ -13,11 +13,11 @@ from deltatune.comparing.cell import FAILED, RESULT
 from deltatune.comparing.experiment import Cell
 from deltatune.comparing.locks import claimed
 from deltatune.comparing.processes import CellProcesses, outcome
-from deltatune.comparing.results import CellResult, FailedCell, Trained, read_result
+from deltatune.comparing.results import CellResult, Elsewhere, FailedCell, Trained, read_result
 from deltatune.training.events import Event
 
 Result = CellResult | Trained | FailedCell
-News = Event | Result
+News = Event | Elsewhere | Result
 Watcher = Callable[[Cell, News], None]
 """Is told of each cell's events as they happen, and then of what came out of it; trials of a search are cells, too."""
 
@@ -51,19 +51,20 @@ class Single:
         self.result = result
 
 
-def share(lanes: Sequence[Lane], processes: CellProcesses, watch: Watcher) -> None:
+def share(lanes: Sequence[Lane], processes: CellProcesses, watch: Watcher, began: float) -> None:
     """Runs all that the lanes have, but for what other processes run meanwhile: their results are waited for.
 
-    What failed before this began is tried again.
+    `began` is the time at which the command did: what failed before is tried again.
     """
-    began = time.time()
     while waiting := list(_left(lanes, processes.folder, watch, began)):
         for lane, cell in waiting:
             folder = processes.folder / cell.place
             with claimed(folder) as ours:
                 if not ours:
                     continue
-                if _known(cell, folder, began) is None:  # nobody finished it since we looked
+                if _known(cell, folder, began):  # somebody finished it since we looked
+                    watch(cell, Elsewhere())
+                else:
                     for event in processes.run(cell):
                         watch(cell, event)
                 result = outcome(cell, folder)
@@ -82,8 +83,15 @@ def _left(lanes: Sequence[Lane], run: Path, watch: Watcher, began: float) -> Ite
             if result is None:
                 yield lane, cell
                 break
+            if _ended(run / cell.place) >= began:
+                watch(cell, Elsewhere())
             lane.take(result)
             watch(cell, result)
+
+
+def _ended(folder: Path) -> float:
+    """When what came out of a cell was written down."""
+    return max((folder / name).stat().st_mtime for name in (RESULT, FAILED) if (folder / name).is_file())
 
 
 def _known(cell: Cell, folder: Path, began: float) -> Result | None:

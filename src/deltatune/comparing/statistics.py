@@ -109,7 +109,7 @@ def pairs(results: Sequence[CellResult]) -> list[Pair]:
         label: [cell for cell in results if cell.label == label] for label in dict.fromkeys(c.label for c in results)
     }
     gains = {(a, b): found for a, b in combinations(cells, 2) if (found := _gains(cells[a], cells[b])) is not None}
-    spreads = moderated([chance(_with_imagined(values)) for _, values in gains.values()], len(cells))
+    spreads = moderated([chance(with_imagined(values)) for _, values in gains.values()], len(cells))
     p = [_p(values, spread) for (_, values), spread in zip(gains.values(), spreads, strict=True)]
     return [
         Pair(a, b, _difference(values, seeds, spread, alone, adjusted, len(gains)))
@@ -143,7 +143,7 @@ def difference(a: Sequence[CellResult], b: Sequence[CellResult]) -> Difference |
     if (found := _gains(a, b)) is None:
         return None
     seeds, values = found
-    spread = chance(_with_imagined(values))
+    spread = chance(with_imagined(values))
     p = _p(values, spread)
     return _difference(values, seeds, spread, p, p, 1)
 
@@ -152,18 +152,21 @@ def mean_interval(cells: Sequence[CellResult]) -> Interval:
     """The 95% interval of the metric of one method: of its mean over test examples, and over seeds where there are any.
 
     Where answers are right or wrong it is Wilson's, for several seeds with the number of independent examples that
-    would give the same standard error; else mean ± half-width within [0, 1], where the metric lies.
+    would give the same standard error; else mean ± half-width within [0, 1], where the metric lies, with an imagined
+    example at either end: two that happen to score alike do not show that all do.
     """
     values = np.array([cell.test_values for cell in cells], dtype=float).T  # (examples, seeds)
     binary = bool(np.isin(values, (0.0, 1.0)).all())
     if len(values) < 2 and not (binary and len(cells) == 1):  # one example does not show how examples vary
         return Interval(0.0, 1.0)
-    found = chance(values)
-    half = found.half_width(LEVEL)
     if binary:
+        found = chance(values)
         if len(cells) == 1 or found.error == 0:
             return wilson(found.mean, len(values))
-        return wilson(found.mean, found.mean * (1 - found.mean) / found.error**2, half / found.error)
+        count, z = found.mean * (1 - found.mean) / found.error**2, found.half_width(LEVEL) / found.error
+        return wilson(found.mean, count, z)
+    found = chance(np.vstack([values, np.array([[0.0], [1.0]]).repeat(len(cells), axis=1)]))
+    half = found.half_width(LEVEL)
     return Interval(max(0.0, found.mean - half), min(1.0, found.mean + half))
 
 
@@ -196,16 +199,17 @@ def _gain(ours: CellResult, theirs: CellResult) -> Values:
     return np.subtract(ours.test_values, theirs.test_values)
 
 
-def _with_imagined(gains: Values) -> Values:
-    """The gains with one imagined disagreement each way, where answers are right or wrong.
+def with_imagined(gains: Values) -> Values:
+    """The gains with two imagined ones, one each way, as large as those that are there (root mean square but for 0).
 
-    Four disagreements, all one way, show no spread and settle nothing: with these two (in the manner of Agresti & Min
-    2005) the verdict is in line with the exact test. Where answers are better or worse by degrees, the examples show
-    how much they vary.
+    Four gains, all one way and alike, show no spread and settle nothing: with these two (in the manner of Agresti & Min
+    2005) the verdict is in line with the exact test of signs, which asks for six. Among many they hardly matter. Where
+    nobody gained, a whole answer each way stands for it. One example stays alone, and says nothing.
     """
-    if not np.isin(gains, (-1.0, 0.0, 1.0)).all():
+    if len(gains) < 2:
         return gains
-    return np.vstack([gains, np.array([[1.0], [-1.0]]).repeat(gains.shape[1], axis=1)])
+    size = float((gains[gains != 0] ** 2).mean() ** 0.5) if gains.any() else 1.0
+    return np.vstack([gains, np.array([[size], [-size]]).repeat(gains.shape[1], axis=1)])
 
 
 def _p(gains: Values, spread: Chance) -> float:

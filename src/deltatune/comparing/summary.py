@@ -41,10 +41,21 @@ def summary(rows: Sequence[Row]) -> str:
         others = [figures for row, figures in compared if row is not best[0]]
         if others:
             sentences.append(_others(others, _called(reference[0])))
+    if reference is not None:
+        sentences += _about_reference(reference[0], rows)
     if failures:
         runs = failures + sum(len(row.seeds) for row in rows)
         sentences.append(f"{failures} of {runs} runs failed; the reasons are below.")
     return " ".join(sentences)
+
+
+def _about_reference(reference: Row, rows: Sequence[Row]) -> Iterator[str]:
+    """What must be known of the method that the others are held against, where it or full fine-tuning failed."""
+    if reference.failures:
+        seeds = f"seed{'s' if len(reference.seeds) > 1 else ''} {', '.join(map(str, reference.seeds))}"
+        yield f"{reference.label} failed in part: differences to it are made from {seeds} alone."
+    elif reference.method != "full" and any(row.method == "full" for row in rows):
+        yield f"Full fine-tuning failed with every seed: the others are held against {reference.label}."
 
 
 def _headline(row: Row, figures: Figures, reference: str) -> str:

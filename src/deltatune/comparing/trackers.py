@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
-from deltatune.comparing.results import CellResult, FailedCell, Trained
+from deltatune.comparing.results import CellResult, Elsewhere, FailedCell, Trained
 from deltatune.errors import UserError, unknown
 from deltatune.training.events import Evaluated, Event, Started, Step
 
@@ -142,7 +142,7 @@ class Trackers:
     ) -> None:
         self._end({})  # of what was interrupted
 
-    def watch(self, cell: "Cell", news: Event | CellResult | Trained | FailedCell) -> None:
+    def watch(self, cell: "Cell", news: Event | Elsewhere | CellResult | Trained | FailedCell) -> None:
         """Hears what happens in a cell."""
         with redirect_stdout(sys.stderr):  # stdout is for our own data
             match news:
