@@ -32,6 +32,7 @@ class Shape(Tensor):
     meta: Tensor
     is_meta = True  # a model of such is an outline
     __slots__ = ["meta"]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # what a subclass' functions give is as it is
 
     @staticmethod
     def __new__(cls, meta: Tensor) -> "Shape":
