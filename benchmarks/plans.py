@@ -1,4 +1,4 @@
-"""How right plans are: peak memory and seconds of a training step, planned and measured, and the distribution of errors.
+"""How right plans are: peak memory and seconds of a training step, planned and measured, and how the errors lie.
 
 python benchmarks/plans.py [--bases minilm smollm2] [--only lora] [--batches 2] [--out plans.jsonl]
 

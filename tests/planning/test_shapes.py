@@ -86,7 +86,7 @@ def test_a_view_is_in_the_memory_of_what_it_views_when_it_is_remembered_too() ->
             x = torch.empty(6, 8)
             parts = x.split(2, dim=1)
             assert all(part.memory is x.memory for part in (*parts, x.T, x[1:], x.view(48)))
-            assert (parts[3].layout, parts[3].storage_offset()) == (((6, 2), (8, 1), 6, torch.float32), 6)
+            assert (parts[3].laid, parts[3].storage_offset()) == (((6, 2), (8, 1), 6, torch.float32), 6)
             assert (x + x).memory is not x.memory
             assert x.mul_(2) is x
             assert x.unsqueeze_(0).shape == (1, 6, 8)

@@ -1,4 +1,4 @@
-"""What operations do with memory, by what PyTorch declares of them: what of that they give is new, and what they write."""
+"""What operations do with memory, by what PyTorch declares of them: what they give that is new, what they write."""
 
 from functools import cache
 from typing import Any

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -292,8 +293,17 @@ def _nothing_remembered() -> Iterator[None]:
     try:
         yield
     finally:
-        for name, module in [*sys.modules.items()]:
-            if name.startswith("deltatune.methods.") and not name.endswith(".registry"):
-                for value in [*vars(module).values()]:
-                    if hasattr(value, "cache_clear"):
-                        value.cache_clear()
+        for remembers in _remembering():
+            remembers.cache_clear()
+
+
+@cache
+def _remembering() -> list[Any]:
+    """The functions of methods that remember what they gave."""
+    modules = [
+        module
+        for name, module in sys.modules.items()
+        if name.startswith("deltatune.methods.") and not name.endswith(".registry")
+    ]
+    every = {id(value): value for module in modules for value in vars(module).values()}
+    return [value for value in every.values() if hasattr(value, "cache_clear")]

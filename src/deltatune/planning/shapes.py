@@ -38,7 +38,7 @@ class Life:
 
 
 class Memory:
-    """A storage. All shapes in it hold it, so it goes with the last of them, whoever held that: autograd, a variable."""
+    """A storage. All shapes in it hold it, so it goes with the last of them, whoever held that."""
 
     __slots__ = ("_life", "_storage", "_work", "size")
 
@@ -50,7 +50,7 @@ class Memory:
     def storage(self) -> torch.UntypedStorage:
         """On the meta device; made where it is asked for."""
         if self._storage is None:
-            self._storage = torch.UntypedStorage(self.size, device=META)
+            self._storage = torch.UntypedStorage(self.size, device=META)  # type: ignore[no-untyped-call]
         return self._storage
 
     def __del__(self) -> None:
@@ -61,11 +61,11 @@ class Memory:
 class Shape(Tensor):
     """A tensor without numbers that PyTorch takes for one on the CPU."""
 
-    layout: Layout
+    laid: Layout
     memory: Memory
     is_meta = True  # a model of such is an outline
-    __slots__ = ["layout", "memory"]
-    __torch_function__ = torch._C._disabled_torch_function_impl  # what functions give needs no wrapping
+    __slots__ = ["laid", "memory"]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # needs no wrapping
 
     @staticmethod
     def __new__(cls, meta: Tensor) -> "Shape":
@@ -77,9 +77,9 @@ class Shape(Tensor):
     @property
     def meta(self) -> Tensor:
         """The same on the meta device, where it shares its storage as well."""
-        size, stride, offset, dtype = self.layout
+        size, stride, offset, dtype = self.laid
         empty = torch.empty(0, dtype=dtype, device=META)
-        return empty.set_(self.memory.storage, offset, size, stride)  # type: ignore[call-overload, no-any-return]
+        return empty.set_(self.memory.storage, offset, size, stride)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -97,12 +97,12 @@ def _shape(layout: Layout, memory: Memory) -> Shape:
     made: Shape = Tensor._make_wrapper_subclass(
         Shape, size, strides=stride, storage_offset=offset, dtype=dtype, device=_CPU, requires_grad=False
     )
-    made.layout, made.memory = layout, memory
+    made.laid, made.memory = layout, memory
     return made
 
 
 def _layout(meta: Tensor) -> Layout:
-    return tuple(meta.shape), meta.stride(), meta.storage_offset(), meta.dtype
+    return tuple(meta.shape), meta.stride(), int(meta.storage_offset()), meta.dtype
 
 
 class _Given(NamedTuple):
@@ -128,6 +128,8 @@ def run(
 ) -> tuple[Any, Work | None]:
     """Runs an operation; gives what it gives, and what it was. `new` makes memory of so many bytes."""
     form = form_of(operation)
+    key: Any
+    found: Any
     try:
         key = (form, *map(_key, args), *((name, _key(value)) for name, value in options.items()))
         found = _seen.get(key)
@@ -158,7 +160,7 @@ def _key(value: Any) -> Any:
     """What of an argument decides what an operation gives; raises `TypeError` where that is not known."""
     kind = type(value)
     if kind is Shape:
-        return value.layout
+        return value.laid
     if kind is list:
         return tuple(map(_key, value))
     if isinstance(value, Tensor):
@@ -188,10 +190,7 @@ def _worked_out(
             _seen[key] = None, work
         return _written(form, args, options), work
     answer = _ANSWERS.get(operation._overloadpacket)
-    if answer is not None:
-        out = answer(inner, scored)
-    else:
-        out = _on_meta(operation, form, inner, named, (args, options))
+    out = answer(inner, scored) if answer is not None else _on_meta(operation, form, inner, named, (args, options))
     work = work_of(operation, read, out)
     memories = {shape.memory.storage._cdata: shape.memory for shape in known.values()}
 
@@ -199,7 +198,7 @@ def _worked_out(
         if not isinstance(one, Tensor) or one.device != META:
             return one
         if (same := known.get(id(one))) is not None:
-            same.layout = _layout(one)
+            same.laid = _layout(one)
             return same
         storage = one.untyped_storage()
         if (memory := memories.get(storage._cdata)) is None:
@@ -221,8 +220,8 @@ def _given(one: Any, args: Sequence[Any], form: Form) -> _Given | Any:
         return one
     for place, value in enumerate(args):
         if type(value) is Shape and value.memory is one.memory:
-            return _Given(one.layout, place, 0)
-    return _Given(one.layout, None, one.memory.size) if form.fresh else one
+            return _Given(one.laid, place, 0)
+    return _Given(one.laid, None, one.memory.size) if form.fresh else one
 
 
 def _on_meta(operation: Any, form: Form, inner: list[Any], named: dict[str, Any], given: Any) -> Any:

@@ -1,8 +1,8 @@
 """Running a training step on shapes alone: which operations it runs, and how much memory lives at its fullest.
 
 The code that trains is run as it stands, so a plan follows it when it changes. Its tensors are shapes (`shapes.py`).
-`Trace` notes each operation that runs on them, and counts the bytes of every storage from its first tensor to the end of
-its last one, whoever holds it: a variable, a module, or autograd.
+`Trace` notes each operation that runs on them, and counts the bytes of every storage from its first tensor to the end
+of its last one, whoever holds it: a variable, a module, or autograd.
 """
 
 from collections import Counter

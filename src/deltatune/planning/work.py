@@ -72,7 +72,9 @@ def work_of(operation: Any, inputs: Sequence[Any], out: Any) -> Work | None:
     read, outputs = _tensors(inputs), _tensors(out if isinstance(out, (tuple, list)) else [out])
     if foreign:
         outputs = [one for one in outputs if not any(one is other for other in read)]
-        outputs += _tensors([value for value, one in zip(inputs, operation._schema.arguments, strict=False) if _writes(one)])
+        outputs += _tensors(
+            [value for value, one in zip(inputs, operation._schema.arguments, strict=False) if _writes(one)]
+        )
     if not outputs and not name.endswith("_"):
         return None
     size = sum(one.nbytes for one in (*read, *outputs))
