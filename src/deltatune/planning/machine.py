@@ -76,8 +76,7 @@ class Machine:
     call: float = _LAUNCH
     """Seconds that every operation takes before it does anything."""
     fresh: float = 1.0
-    """How many times as long the work takes in a step as in the loops that measured it: memory is fresh and caches
-    are full of something else."""
+    """How many times as long the work takes in a step as in the loops that measured it: memory is fresh."""
 
     def seconds(self, traced: Traced) -> float:
         """How long the work of a trace takes."""

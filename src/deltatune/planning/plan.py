@@ -107,6 +107,7 @@ class _Planned:
     steps: int | None
     storage: str
     file: float
+    loaded: float
     forked: bool
     shapes: tuple[int, int] = (1, 1)
     """How many different sizes batches have, of steps and of what is scored."""
@@ -224,9 +225,11 @@ def _shared(
     found = machine if isinstance(machine, Machine) else read_machine(machine) if machine else this_machine()
     precision: Computed = found.precision if settings.precision == "auto" else settings.precision
     words = storage if isinstance(storage, str) else str(dict(storage))
-    return _Planned(
-        place, outline, found, precision, settings, batch, scoring, steps, words, _file_bytes(place, outline), forked
-    )
+    held = {id(tensor): tensor for tensor in (*outline.parameters(), *outline.buffers())}
+    # Bases are loaded in fp32, whatever the run computes in.
+    loaded = sum(t.numel() * 4 if t.is_floating_point() else t.nbytes for t in held.values())
+    file = _file_bytes(place, outline)
+    return _Planned(place, outline, found, precision, settings, batch, scoring, steps, words, file, loaded, forked)
 
 
 def _file_bytes(place: Place, outline: PreTrainedModel) -> float:
@@ -264,14 +267,11 @@ def _plan(words: str, method: Method, shared: _Planned, explain: bool) -> Plan:
         plain=(*settings.plain, "attention") if machine.cuda else settings.plain,
         explain=explain,
     )
-    held = {id(tensor): tensor for tensor in (*shared.outline.parameters(), *shared.outline.buffers())}
-    # Bases are loaded in fp32, whatever the run computes in.
-    loaded = sum(t.numel() * 4 if t.is_floating_point() else t.nbytes for t in held.values())
     memory = memory_of(
         rehearsed,
         machine,
         settings,
-        loaded=loaded,
+        loaded=shared.loaded,
         file=shared.file,
         forked=shared.forked,
         classifier=not shared.outline.can_generate(),

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,8 @@ from deltatune.models.attach import attach, parts_of, penalty, trainable_paramet
 from deltatune.models.base import Base, quiet
 from deltatune.models.blocks import stacks
 from deltatune.models.targets import below
-from deltatune.planning.tracing import Repeat, Shape, Trace, shaped
+from deltatune.planning.shapes import Shape, shaped
+from deltatune.planning.tracing import Repeat, Trace
 from deltatune.planning.work import Traced
 from deltatune.training.checkpointing import checkpointing
 from deltatune.training.classification import Classification
@@ -178,8 +180,8 @@ class _Rehearsal:
     def _step(self, model: PreTrainedModel, task: Task, blocks: list[list[str]], more: int) -> Traced:
         whole = "pooled" in self.plain or model.can_generate() or end_of_attention(model) is None
         alone = nullcontext() if whole else first_token_alone(model)
-        trace = Trace(self.batch.scored, model)
-        with trace, alone, checkpointing(model, self.checkpoint), ExitStack() as hooks:
+        trace = Trace(self.batch.scored)
+        with trace, scratch_apart(), alone, checkpointing(model, self.checkpoint), ExitStack() as hooks:
             if self.explain:
                 trace.places = _places(model, hooks)
             _repeat(trace, model, blocks, more, hooks)
@@ -195,8 +197,8 @@ class _Rehearsal:
 
     def _scored(self, model: PreTrainedModel, task: Task, blocks: list[list[str]], more: int) -> Traced:
         model.eval()
-        trace = Trace(self.large.scored, model)
-        with trace, torch.no_grad(), ExitStack() as hooks:  # views of shapes do not work in inference mode
+        trace = Trace(self.large.scored)
+        with trace, scratch_apart(), torch.no_grad(), ExitStack() as hooks:  # inference mode has no views of shapes
             _repeat(trace, model, blocks, more, hooks)
             if isinstance(task, LanguageModelling):
                 hidden, targets, _ = task._scored(_batch(self.large, model))
@@ -291,8 +293,17 @@ def _nothing_remembered() -> Iterator[None]:
     try:
         yield
     finally:
-        for name, module in [*sys.modules.items()]:
-            if name.startswith("deltatune.methods.") and not name.endswith(".registry"):
-                for value in [*vars(module).values()]:
-                    if hasattr(value, "cache_clear"):
-                        value.cache_clear()
+        for remembers in _remembering():
+            remembers.cache_clear()
+
+
+@cache
+def _remembering() -> list[Any]:
+    """The functions of methods that remember what they gave."""
+    modules = [
+        module
+        for name, module in sys.modules.items()
+        if name.startswith("deltatune.methods.") and not name.endswith(".registry")
+    ]
+    every = {id(value): value for module in modules for value in vars(module).values()}
+    return [value for value in every.values() if hasattr(value, "cache_clear")]

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -55,22 +55,51 @@ PRODUCTS: Mapping[str, Callable[..., tuple[int, ...]]] = {
 """The operations that multiply matrices, with their sizes."""
 
 
-def work_of(operation: Any, inputs: list[Any], out: Any) -> Work | None:
-    """What an operation was; None for one that moves nothing."""
-    name = operation._overloadpacket.__name__
-    if name in _VIEWS:
+def work_of(operation: Any, inputs: Sequence[Any], out: Any) -> Work | None:
+    """What an operation was; None for one that moves nothing.
+
+    One that is not PyTorch's own is known by its bytes alone: those of the tensors that it is given and those that it
+    gives or writes over.
+    """
+    name: str = operation._overloadpacket.__name__
+    foreign = operation.namespace != "aten"
+    if foreign:
+        name = operation._overloadpacket._qualified_op_name
+    elif name in _VIEWS:
         return None
-    outputs = [one for one in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(one, Tensor)]
+    if name == "deltatune::decode_":
+        return _decoding(inputs)
+    read, outputs = _tensors(inputs), _tensors(out if isinstance(out, (tuple, list)) else [out])
+    if foreign:
+        outputs = [one for one in outputs if not any(one is other for other in read)]
+        outputs += _tensors(
+            [value for value, one in zip(inputs, operation._schema.arguments, strict=False) if _writes(one)]
+        )
     if not outputs and not name.endswith("_"):
         return None
-    read = [one for one in inputs if isinstance(one, Tensor)]
-    read += [one for value in inputs if isinstance(value, list) for one in value if isinstance(one, Tensor)]
     size = sum(one.nbytes for one in (*read, *outputs))
     if name in PRODUCTS:
         return Work(name, outputs[0].dtype, PRODUCTS[name](*read), size)
     largest = max((*outputs, *read), key=lambda one: one.nbytes, default=torch.empty(0))
     written = max((one.numel() for one in (*outputs, *read)), default=0)
     return Work(name, largest.dtype, (written,), size)
+
+
+def _writes(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _tensors(values: Sequence[Any]) -> list[Tensor]:
+    """The tensors among values, then those in lists among them."""
+    within = [one for value in values if isinstance(value, (list, tuple)) for one in value]
+    return [one for one in (*values, *within) if isinstance(one, Tensor)]
+
+
+def _decoding(inputs: Sequence[Any]) -> Work:
+    codes, *_, words, out, _ = inputs
+    numbers = out.numel()
+    size = numbers * out.element_size() + codes.nbytes * numbers // max(1, codes.numel())
+    return Work(f"decode {words.partition(':')[0]}", out.dtype, (numbers,), size)
 
 
 _VIEWS = frozenset(
