@@ -32,7 +32,7 @@ def test_the_parts_of_a_step_make_up_the_step(architecture: str, writes: bool) -
 
 def test_the_pieces_that_a_step_has_are_named() -> None:
     assert profiled("bert", rank=2).pieces == ("attention", "dropout", "pooled")
-    assert profiled("llama", rank=2, writes=True).pieces == ("attention", "norms", "packing")
+    assert profiled("llama", rank=2, writes=True).pieces == ("attention", "gates", "norms", "packing", "rotations")
 
 
 def test_a_selection_adds_nothing_to_the_layers_and_lora_does() -> None:
@@ -96,7 +96,7 @@ def said_of(model, name: str, length: int = 32) -> dict[str, tuple[str, str]]:
     [
         ("bert", {"attention", "dropout", "pooled"}),
         ("distilbert", {"attention", "dropout"}),
-        ("llama", {"attention", "norms", "packing"}),
+        ("llama", {"attention", "gates", "norms", "packing", "rotations"}),
         ("t5", {"attention", "dropout", "norms"}),
     ],
 )

@@ -42,6 +42,11 @@ def replace_gates(model: nn.Module) -> None:
             module.forward = MethodType(_forward, module)
 
 
+def has_gates(model: nn.Module) -> bool:
+    """Whether a layer of the model uses `gated_silu`."""
+    return any(getattr(vars(module).get("forward"), "__func__", None) is _forward for module in model.modules())
+
+
 def _is_silu(function: Any) -> bool:
     x = torch.linspace(-3, 3, 7, device="cpu")
     return torch.equal(function(x), F.silu(x))

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import torch
 
+from deltatune import kernels
 from deltatune.models.base import Base
 from deltatune.training.attention import SHORT
 from deltatune.training.pieces import PIECES, Piece, quicken
@@ -42,6 +43,11 @@ def examine_machine(device: torch.device | str = "cpu") -> list[Finding]:
                 "a CPU's fused kernel is slower on short texts (benchmarks/step.py)",
             ),
             Finding("dropout", "from random bits", "PyTorch's draws a float for each element"),
+            Finding(
+                "between products",
+                "PyTorch" if kernels.missing() else "compiled loops",
+                kernels.missing() or "one pass each for norms, gates, rotations, softmax, dropout and the loss",
+            ),
         ]
     return [*findings, _decoding(precision, device)]
 
@@ -79,16 +85,20 @@ def examine_base(base: Base, length: int) -> list[Finding]:
 _TRIED: Mapping[Piece, str] = {
     "attention": "it gives what the architecture's own gives, tried out just now",
     "dropout": "the model has it, and runs on a CPU",
+    "gates": "the layer is SiLU(gate) · up",
     "norms": "ours give what the architecture's own give, tried out just now",
     "packing": "texts in one row are told apart, tried out just now",
     "pooled": "the last block gives the classifier what it gave, tried out just now",
+    "rotations": "it turns the halves of a head, tried out just now",
 }
 
 
 def _without(piece: Piece, base: Base, length: int) -> str:
     """Why a base goes without a piece."""
     device, writes = base.model.device.type, base.task == "generation"
-    if piece in ("attention", "dropout", "norms") and device != "cpu":
+    if piece in ("gates", "norms", "rotations") and kernels.missing():
+        return kernels.missing()
+    if piece in ("attention", "dropout", "gates", "norms", "rotations") and device != "cpu":
         return f"it is made for a CPU, and the model is on {device}"
     if piece == "attention":
         too_long = f"texts have {length} tokens, and it is for {SHORT} at most"
@@ -97,6 +107,10 @@ def _without(piece: Piece, base: Base, length: int) -> str:
         return "the model has none"
     if piece == "norms":
         return "the model has none that take the root of a mean square, or ours give something else"
+    if piece == "gates":
+        return "the model has none, or not of SiLU"
+    if piece == "rotations":
+        return "the model has none that turn the halves of a head, or does more in the same function"
     if piece == "packing":
         apart = "texts in one row are not told apart by this architecture's attention, or not with this one"
         return apart if writes else "a classifier's texts stay in rows of their own"

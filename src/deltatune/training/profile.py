@@ -30,9 +30,11 @@ from deltatune.models import short_attention
 from deltatune.models.adapted import Adapted, Added
 from deltatune.models.attach import attach, learning_rates, penalty, trainable_parameters
 from deltatune.models.base import Base
+from deltatune.models.gates import has_gates
 from deltatune.models.norms import RMSNorm
 from deltatune.models.positions import room_for_text
 from deltatune.models.roles import ALIASES, base_layers, linear_roles
+from deltatune.models.rotations import has_rotations
 from deltatune.training.language import LanguageModelling
 from deltatune.training.optimisers import make_optimiser
 from deltatune.training.pieces import PIECES, Piece, quicken
@@ -135,9 +137,11 @@ def pieces_of(model: PreTrainedModel, task: Task, batch: Batch, reads_one: bool)
     runs: dict[Piece, bool] = {
         "attention": model.config._attn_implementation == short_attention.NAME,
         "dropout": any(isinstance(module, Dropout) for module in model.modules()),
+        "gates": has_gates(model),
         "norms": any(isinstance(module, RMSNorm) for module in model.modules()),
         "packing": isinstance(task, LanguageModelling) and task.packs(batch),
         "pooled": reads_one,
+        "rotations": has_rotations(model),
     }
     return tuple(piece for piece in PIECES if runs[piece])
 
