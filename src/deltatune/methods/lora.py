@@ -337,15 +337,14 @@ def low_rank(
 
     Kept for backward: z, z·Aᵀ, and A and scale·B in the type of x.
     """
-    A, B = A.to(x.dtype), (scale * B).to(x.dtype)
-    y: Tensor = _LowRank.apply(x, z, weight, bias, A, B)  # type: ignore[no-untyped-call]
+    y: Tensor = _LowRank.apply(x, z, weight, bias, A, B, scale)  # type: ignore[no-untyped-call]
     return y
 
 
 class _LowRank(torch.autograd.Function):
-    """The thin products beside the frozen one; B has the scale in it.
+    """The thin products beside the frozen one, in the type of x; s is the scale.
 
-    Backward, with h = z·Aᵀ and dh = dy·B:   dx = dy·W (+ dh·A),  dz = dh·A,  dA = dhᵀ·z,  dB = dyᵀ·h,  db = Σ dy
+    Backward, with h = z·Aᵀ and dh = dy·sB:   dx = dy·W (+ dh·A),  dz = dh·A,  dA = dhᵀ·z,  dB = s·dyᵀ·h,  db = Σ dy
     """
 
     @staticmethod
@@ -357,7 +356,10 @@ class _LowRank(torch.autograd.Function):
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
+        scale: float,
     ) -> Tensor:
+        ctx.types, ctx.scale = (A.dtype, B.dtype), scale
+        A, B = A.to(x.dtype), (scale * B).to(x.dtype)
         branch = x if z is None else z
         h = branch @ A.T  # (tokens, rank)
         ctx.save_for_backward(branch, A, B, h)
@@ -374,5 +376,6 @@ class _LowRank(torch.autograd.Function):
         if dx is not None and not ctx.dropped:
             dx.addmm_(dh, A)
         bias = dy.sum(0) if wants_bias else None
-        # (hᵀ·dy)ᵀ reads dy row by row: half the time of dyᵀ·h.
-        return dx, dz, None, bias, dh.T @ branch, (h.T @ dy).T
+        dA = (dh.T @ branch).to(ctx.types[0])
+        dB = (h.T @ dy).to(ctx.types[1]).mul_(ctx.scale).T  # so it reads dy row by row: half the time of dyᵀ·h
+        return dx, dz, None, bias, dA, dB, None
