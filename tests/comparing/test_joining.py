@@ -36,7 +36,7 @@ def test_the_whole_has_every_cell_once_and_its_own_report(apart, joined):
     assert done.code == 0
     records = json.loads(done.out)
     assert [(one["label"], one["seed"]) for one in records] == [
-        ("head", 0), ("bitfit", 0), ("head", 1), ("bitfit", 1), ("head", 2),
+        ("head", 0), ("head", 1), ("head", 2), ("bitfit", 0), ("bitfit", 1),
     ]  # fmt: skip
     for record in records:
         [result] = (whole / "cells").glob(f"{record['label']}-seed{record['seed']}-*/result.json")

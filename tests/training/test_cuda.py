@@ -41,6 +41,7 @@ def test_a_model_on_cuda_keeps_its_attention_and_norms(architecture: str, monkey
         prepare(model, "bf16")
         before = model.config._attn_implementation, [type(module) for module in model.modules()]
         quicken(model, 64)
+        assert not [module for module in model.modules() if "forward" in vars(module)]
         after = [module for module in model.modules() if type(module) is not bits.Dropout]
         assert model.device.type == "cuda"
         assert model.config._attn_implementation == before[0]

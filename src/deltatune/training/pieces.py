@@ -14,7 +14,7 @@
 measured by benchmarks/pieces.py.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal, get_args
 
 from transformers import PreTrainedModel
@@ -28,6 +28,12 @@ from deltatune.training.attention import choose_attention
 Piece = Literal["attention", "dropout", "gates", "norms", "packing", "pooled", "rotations"]
 PIECES: tuple[Piece, ...] = get_args(Piece)
 
+_COMPILED: Mapping[Piece, Callable[[PreTrainedModel], None]] = {
+    "gates": replace_gates,
+    "norms": replace_norms,
+    "rotations": replace_rotations,
+}
+
 
 def quicken(model: PreTrainedModel, longest: int, plain: Collection[Piece] = ()) -> None:
     """Puts the pieces that are modules of the model into it, for texts of at most `longest` tokens.
@@ -36,11 +42,9 @@ def quicken(model: PreTrainedModel, longest: int, plain: Collection[Piece] = ())
     """
     if "dropout" not in plain:
         replace_dropout(model)
-    if "gates" not in plain:
-        replace_gates(model)
-    if "norms" not in plain:
-        replace_norms(model)
-    if "rotations" not in plain:
-        replace_rotations(model)
+    if model.device.type in ("cpu", "meta"):
+        for piece, replace in _COMPILED.items():
+            if piece not in plain:
+                replace(model)
     if "attention" not in plain:
         choose_attention(model, longest)
