@@ -27,6 +27,7 @@ from deltatune.planning.machine import Machine, read_machine
 from deltatune.planning.memory import Memory, kernels, memory_of
 from deltatune.planning.rehearsal import BatchShape, Rehearsed, rehearse
 from deltatune.training.modes import SCORED_TOKENS
+from deltatune.training.pieces import FOR_A_CPU
 from deltatune.training.precision import Computed
 from deltatune.training.settings import Training
 from deltatune.training.tasks import task_for
@@ -264,7 +265,7 @@ def _plan(words: str, method: Method, shared: _Planned, explain: bool) -> Plan:
         trained=counted.trainable,
         scoring=shared.scoring,
         checkpoint=settings.gradient_checkpointing,
-        plain=(*settings.plain, "attention") if machine.cuda else settings.plain,
+        plain=(*settings.plain, *FOR_A_CPU) if machine.cuda else settings.plain,
         explain=explain,
     )
     memory = memory_of(

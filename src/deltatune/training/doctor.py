@@ -9,7 +9,7 @@ import torch
 from deltatune import kernels
 from deltatune.models.base import Base
 from deltatune.training.attention import SHORT
-from deltatune.training.pieces import PIECES, Piece, quicken
+from deltatune.training.pieces import FOR_A_CPU, PIECES, Piece, quicken
 from deltatune.training.pooled import pooled
 from deltatune.training.precision import resolve
 from deltatune.training.profile import pieces_of, random_batch
@@ -98,7 +98,7 @@ def _without(piece: Piece, base: Base, length: int) -> str:
     device, writes = base.model.device.type, base.task == "generation"
     if piece in ("gates", "norms", "rotations") and kernels.missing():
         return kernels.missing()
-    if piece in ("attention", "dropout", "gates", "norms", "rotations") and device != "cpu":
+    if piece in FOR_A_CPU and device != "cpu":
         return f"it is made for a CPU, and the model is on {device}"
     if piece == "attention":
         too_long = f"texts have {length} tokens, and it is for {SHORT} at most"

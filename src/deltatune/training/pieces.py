@@ -27,6 +27,8 @@ from deltatune.training.attention import choose_attention
 
 Piece = Literal["attention", "dropout", "gates", "norms", "packing", "pooled", "rotations"]
 PIECES: tuple[Piece, ...] = get_args(Piece)
+FOR_A_CPU: tuple[Piece, ...] = ("attention", "dropout", "gates", "norms", "rotations")
+"""The pieces that a run on another device goes without."""
 
 _COMPILED: Mapping[Piece, Callable[[PreTrainedModel], None]] = {
     "gates": replace_gates,
