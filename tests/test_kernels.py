@@ -224,6 +224,15 @@ def test_a_compiler_that_fails_is_said_and_leaves_nothing(tmp_path: Path, monkey
     assert not list((tmp_path / "cache" / "kernels").iterdir())
 
 
+def test_a_folder_that_others_can_write_to_is_not_loaded_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    folder.chmod(0o777)
+    monkeypatch.setenv("DELTATUNE_CACHE", str(tmp_path))
+    assert "can be written to by other users" in str(library.__wrapped__(16))
+    assert not list(folder.iterdir())
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes anywhere")
 def test_a_cache_that_cannot_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tmp_path.chmod(0o500)

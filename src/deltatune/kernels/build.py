@@ -32,6 +32,11 @@ def library(bits: int) -> ctypes.CDLL | str:
     digest = hashlib.sha256(repr((_SOURCE.read_bytes(), told, compiler, _processor())).encode()).hexdigest()
     file = cache_root() / "kernels" / f"{digest[:24]}.so"
     try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if others := _others(file.parent):
+            return (
+                f"{file.parent} {others}, who could put other code there: set DELTATUNE_CACHE to a folder of your own"
+            )
         if not file.exists():
             _compile(compiler, told, file)
         return ctypes.CDLL(str(file))
@@ -43,13 +48,20 @@ def library(bits: int) -> ctypes.CDLL | str:
 
 
 def _compile(compiler: str, flags: tuple[str, ...], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         made = Path(folder) / file.name
         subprocess.run(
             [compiler, *flags, "-o", str(made), str(_SOURCE), "-lm"], check=True, capture_output=True, text=True
         )
         made.replace(file)
+
+
+def _others(folder: Path) -> str:
+    """What lets other users write to a folder; empty where nothing does."""
+    found = folder.stat()
+    if found.st_uid not in (os.geteuid(), 0):
+        return "belongs to another user"
+    return "can be written to by other users" if found.st_mode & 0o022 else ""
 
 
 def _processor() -> str:

@@ -64,7 +64,7 @@ def match(model: nn.Module, roles: Mapping[str, Role], targets: Targets) -> Matc
 
 def below(path: str, parents: Iterable[str]) -> bool:
     """Whether a module or parameter path is one of `parents` or lies inside one."""
-    return any(path == parent or path.startswith(parent + ".") for parent in parents)
+    return not set(within(path)).isdisjoint(parents)
 
 
 def within(path: str) -> list[str]:
