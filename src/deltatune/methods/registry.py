@@ -86,6 +86,8 @@ def make(name: str, options: Mapping[str, Any] | None = None) -> Method:
     if name not in METHODS:
         raise unknown("method", name, METHODS)
     options, kind = options or {}, METHODS[name]
+    if not options:
+        return kind()  # what reads options reads their descriptions too, from the source
     known = [field.name for field in fields(kind)]  # type: ignore[arg-type]  # every method is a dataclass
     for option in options:
         if option not in known:

@@ -1,7 +1,7 @@
 """A short mark of a base's weights, so that an adapter can refuse to be put on another base."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from deltatune.models.tokens import NEW_TOKENS, new_tokens
 _SAMPLES = 64
 
 
-def fingerprint(model: nn.Module, without: Iterable[str] = ()) -> str:
+def fingerprint(model: nn.Module, without: Collection[str] = ()) -> str:
     """SHA-256 over the names, shapes and some values of every parameter of the base outside of `without`.
 
     Up to 64 values are taken evenly from each parameter and rounded to bf16, so that a base has one mark whether it

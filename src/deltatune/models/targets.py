@@ -1,7 +1,7 @@
 """From words to layers: which linear layers `targets` names, and an error where a word names none."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -62,9 +62,11 @@ def match(model: nn.Module, roles: Mapping[str, Role], targets: Targets) -> Matc
     return Matched({entry: _match(model, entry, roles) for entry in entries})
 
 
-def below(path: str, parents: Iterable[str]) -> bool:
+def below(path: str, parents: Collection[str]) -> bool:
     """Whether a module or parameter path is one of `parents` or lies inside one."""
-    return not set(within(path)).isdisjoint(parents)
+    while path and path not in parents:
+        path = path.rpartition(".")[0]
+    return bool(path)
 
 
 def within(path: str) -> list[str]:
