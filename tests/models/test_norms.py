@@ -7,6 +7,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
+from deltatune import kernels
 from deltatune.models.norms import RMSNorm, replace_norms
 from tiny import tiny_model
 
@@ -58,6 +59,10 @@ def test_a_weight_that_trains_gets_its_gradient() -> None:
     torch.testing.assert_close(ours.weight.grad, plain.weight.grad)
 
 
+needs_kernels = pytest.mark.skipif(bool(kernels.missing()), reason=kernels.missing())
+
+
+@needs_kernels
 @pytest.mark.parametrize(
     ("kind", "replaced"), [(LlamaRMSNorm, True), (T5LayerNorm, True), (nn.RMSNorm, True), (GemmaRMSNorm, False)]
 )
@@ -68,6 +73,7 @@ def test_what_gives_the_same_is_replaced_and_nothing_else(kind: type[nn.Module],
     assert isinstance(model[0], RMSNorm) == replaced
 
 
+@needs_kernels
 def test_replacing_keeps_names_and_weights_and_leaves_those_that_train() -> None:
     model = tiny_model("llama").requires_grad_(False)
     model.model.norm.weight.requires_grad_(True)
