@@ -51,8 +51,6 @@ def replace_rotations(model: nn.Module) -> None:
 
     Its forward pass stays Transformers' own, and finds ours where it looks for the function that rotates.
     """
-    if kernels.missing():
-        return
     for module in model.modules():
         forward = type(module).forward
         if isinstance(forward, FunctionType) and _NAME in forward.__code__.co_names:
@@ -69,11 +67,8 @@ def replace_rotations(model: nn.Module) -> None:
 def has_rotations(model: nn.Module) -> bool:
     """Whether an attention of the model rotates in one pass."""
     forwards = (getattr(vars(module).get("forward"), "__func__", None) for module in model.modules())
-    return any(isinstance(one, FunctionType) and one.__globals__.get(_NAME) in _OURS for one in forwards)
-
-
-_OURS: set[Any] = set()
-"""What `_in_one_pass` gave."""
+    finds = (one.__globals__.get(_NAME) for one in forwards if isinstance(one, FunctionType))
+    return any(getattr(one, "__module__", "") == __name__ for one in finds)
 
 
 @cache
@@ -83,7 +78,6 @@ def _in_one_pass(apply: Apply) -> Apply:
             return apply(query, key, cos, sin, *args, **options)
         return rotated(query, cos, sin), rotated(key, cos, sin)
 
-    _OURS.add(rotate_both)
     return rotate_both
 
 

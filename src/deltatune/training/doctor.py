@@ -9,7 +9,7 @@ import torch
 from deltatune import kernels
 from deltatune.models.base import Base
 from deltatune.training.attention import SHORT
-from deltatune.training.pieces import FOR_A_CPU, PIECES, Piece, quicken
+from deltatune.training.pieces import COMPILED, FOR_A_CPU, PIECES, Piece, quicken
 from deltatune.training.pooled import pooled
 from deltatune.training.precision import resolve
 from deltatune.training.profile import pieces_of, random_batch
@@ -96,7 +96,7 @@ _TRIED: Mapping[Piece, str] = {
 def _without(piece: Piece, base: Base, length: int) -> str:
     """Why a base goes without a piece."""
     device, writes = base.model.device.type, base.task == "generation"
-    if piece in ("gates", "norms", "rotations") and kernels.missing():
+    if piece in COMPILED and kernels.missing():
         return kernels.missing()
     if piece in FOR_A_CPU and device != "cpu":
         return f"it is made for a CPU, and the model is on {device}"

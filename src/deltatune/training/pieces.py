@@ -19,6 +19,7 @@ from typing import Literal, get_args
 
 from transformers import PreTrainedModel
 
+from deltatune import kernels
 from deltatune.dropout import replace_dropout
 from deltatune.models.gates import replace_gates
 from deltatune.models.norms import replace_norms
@@ -30,11 +31,12 @@ PIECES: tuple[Piece, ...] = get_args(Piece)
 FOR_A_CPU: tuple[Piece, ...] = ("attention", "dropout", "gates", "norms", "rotations")
 """The pieces that a run on another device goes without."""
 
-_COMPILED: Mapping[Piece, Callable[[PreTrainedModel], None]] = {
+COMPILED: Mapping[Piece, Callable[[PreTrainedModel], None]] = {
     "gates": replace_gates,
     "norms": replace_norms,
     "rotations": replace_rotations,
 }
+"""The pieces that need the operators of `kernels`, and what puts each into a model."""
 
 
 def quicken(model: PreTrainedModel, longest: int, plain: Collection[Piece] = ()) -> None:
@@ -44,8 +46,8 @@ def quicken(model: PreTrainedModel, longest: int, plain: Collection[Piece] = ())
     """
     if "dropout" not in plain:
         replace_dropout(model)
-    if model.device.type in ("cpu", "meta"):
-        for piece, replace in _COMPILED.items():
+    if model.device.type in ("cpu", "meta") and not kernels.missing():
+        for piece, replace in COMPILED.items():
             if piece not in plain:
                 replace(model)
     if "attention" not in plain:
