@@ -22,14 +22,33 @@ static inline floats choose(ints which, floats yes, floats no)
     return (floats)((which & (ints)yes) | (~which & (ints)no));
 }
 
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include <immintrin.h>
+#define AVX512 1
+static inline uint16_t lanes(size n) { return n >= LANES ? 0xffff : (1u << n) - 1; } /* a bit for each that counts */
+#else
+#define AVX512 0
+#endif
+
 #if BITS == 16
 typedef uint16_t number; /* the upper half of a float */
 typedef uint16_t numbers __attribute__((vector_size(2 * LANES)));
-static inline floats widen(numbers x) { return (floats)(__builtin_convertvector(x, words) << 16); }
+static inline floats widen(numbers x)
+{
+#if AVX512
+    return (floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)x), 16);
+#else
+    return (floats)(__builtin_convertvector(x, words) << 16);
+#endif
+}
 static inline numbers narrow(floats x) /* to the nearest, ties to even */
 {
+#ifdef __AVX512BF16__
+    return (numbers)_mm512_cvtneps_pbh((__m512)x);
+#else
     words bits = (words)x;
     return __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, numbers);
+#endif
 }
 #else
 typedef float number;
@@ -42,16 +61,28 @@ static inline floats rounded(floats x) { return widen(narrow(x)); }
 /* The first n of 16 numbers; the others are 0 when read and left alone when written. */
 static inline floats load(const number *from, size n)
 {
+#if AVX512 && BITS == 16
+    return widen((numbers)_mm256_maskz_loadu_epi16(lanes(n), from));
+#elif AVX512
+    return (floats)_mm512_maskz_loadu_ps(lanes(n), from);
+#else
     numbers x = {0};
     if (n >= LANES) memcpy(&x, from, sizeof x);
     else memcpy(&x, from, n * sizeof *from);
     return widen(x);
+#endif
 }
 static inline void store(number *to, floats x, size n)
 {
     numbers y = narrow(x);
     if (n >= LANES) memcpy(to, &y, sizeof y);
+#if AVX512 && BITS == 16
+    else _mm256_mask_storeu_epi16(to, lanes(n), (__m256i)y);
+#elif AVX512
+    else _mm512_mask_storeu_ps(to, lanes(n), (__m512)y);
+#else
     else memcpy(to, &y, n * sizeof *to);
+#endif
 }
 static inline floats swapped(floats x, int by) /* lanes that are `by` apart change places */
 {
@@ -75,14 +106,20 @@ static inline floats first(size n, floats x, float rest)
     return n >= LANES ? x : choose(place < (int)n, x, all(rest));
 }
 
-/* exp to 2e-7 of itself: 2^n · e^r with r within ±ln 2 / 2; 0 below -87, which is what minus infinity gives. */
+/* exp to 2e-7 of itself: 2^n · e^r with r within ±ln 2 / 2; 0 for minus infinity, and far below what 16 bits hold. */
 static inline floats exponential(floats x)
 {
+#if AVX512
+    /* Of two numbers min and max take the second where one is none. */
+    x = (floats)_mm512_max_ps(_mm512_set1_ps(-126.0f), _mm512_min_ps(_mm512_set1_ps(88.0f), (__m512)x));
+    floats n = (floats)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
     ints low = x < -87.0f;
     x = choose(x > 88.0f, all(88.0f), choose(low, all(-87.0f), x));
     floats n = x * 1.44269504f + 12582912.0f; /* rounds to a whole number */
     ints whole = (ints)n - 0x4b400000;
     n -= 12582912.0f;
+#endif
     floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
     floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -90,9 +127,22 @@ static inline floats exponential(floats x)
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
+#if AVX512
+    return (floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     return choose(low, all(0), p * (floats)((whole + 127) << 23));
+#endif
 }
-static inline floats sigmoid(floats x) { return 1.0f / (1.0f + exponential(-x)); }
+static inline floats sigmoid(floats x)
+{
+    floats y = 1.0f + exponential(-x);
+#if AVX512
+    floats guess = (floats)_mm512_rcp14_ps((__m512)y); /* and a step of Newton's: dividing takes several times as long */
+    return guess * (2.0f - y * guess);
+#else
+    return 1.0f / y;
+#endif
+}
 
 /* Norms --------------------------------------------------------------------------------------------------------- */
 
