@@ -65,6 +65,53 @@ def test_norms(shape: tuple[int, int], dtype: torch.dtype) -> None:
     near(kernels.rms_norm_backward(x, weight, scales, dy), dx)
 
 
+SIZES = [(1, 3, 5, 1), (5, 37, 64, 3), (33, 64, 31, 8), (70, 100, 48, 9), (131, 32, 65, 16)]
+
+
+@needs_kernels
+@TYPES
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+@pytest.mark.parametrize(("tokens", "width", "out", "rank"), SIZES, ids=str)
+def test_low_rank_updates(tokens: int, width: int, out: int, rank: int, biased: bool, dtype: torch.dtype) -> None:
+    x, dy = numbers(tokens, width, dtype=dtype), numbers(tokens, out, dtype=dtype, seed=1)
+    A, B = numbers(rank, width, dtype=torch.float32), numbers(out, rank, dtype=torch.float32, seed=1)
+    bias = numbers(out, dtype=dtype, seed=3) if biased else None
+    exact, *gradients = formula(
+        lambda x, A, B: 0.25 * (x @ A.T) @ B.T + (0 if bias is None else bias.double()), dy, x, A, B
+    )
+    y, h, scaled = kernels.low_rank(x, A, B, bias, 0.25)
+    near(y, exact)
+    dx, dA, dB = kernels.low_rank_backward(x, h, dy, A, scaled, 0.25)
+    for found, wanted in zip((dx, dA, dB.T), gradients, strict=True):
+        near(found, wanted)
+
+
+@needs_kernels
+def test_low_rank_updates_give_the_same_bits_again() -> None:
+    x, dy = numbers(300, 70, dtype=torch.bfloat16), numbers(300, 50, dtype=torch.bfloat16, seed=1)
+    A, B = numbers(8, 70, dtype=torch.float32), numbers(50, 8, dtype=torch.float32, seed=1)
+
+    def once() -> tuple[Tensor, ...]:
+        y, h, scaled = kernels.low_rank(x, A, B, None, 1.0)
+        return y, *kernels.low_rank_backward(x, h, dy, A, scaled, 1.0)
+
+    for one, other in zip(once(), once(), strict=True):
+        assert torch.equal(one, other)
+
+
+@needs_kernels
+@TYPES
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+@pytest.mark.parametrize("shape", [(1, 2), (3, 16), (5, 37), (41, 576)], ids=str)
+def test_scaled_columns(shape: tuple[int, int], biased: bool, dtype: torch.dtype) -> None:
+    x, dy = numbers(*shape, dtype=dtype), numbers(*shape, dtype=dtype, seed=1)
+    factors, bias = (numbers(shape[1], dtype=torch.float32, seed=seed) for seed in (2, 3))
+    exact, dx, products = formula(lambda x, factors: x * factors + (bias.double() if biased else 0), dy, x, factors)
+    near(kernels.scale_columns(x, factors, bias if biased else None), exact)
+    for found, wanted in zip(kernels.scale_columns_backward(x, factors, dy), (dx, products), strict=True):
+        near(found, wanted)
+
+
 @needs_kernels
 @TYPES
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 5000])

@@ -208,7 +208,7 @@ def test_each_further_size_of_a_batch_costs_a_kernel_for_every_product() -> None
 
     one, two, alike = planned(6), planned(6, 22), planned(6, 14, 30)  # 128 tokens; 120 and 96; 128 in three ways
     products = one.making_seconds / 0.5
-    assert products > 10
+    assert products > 5
     assert (two.making_seconds, alike.making_seconds) == (2 * one.making_seconds, one.making_seconds)
     assert one.memory.kernels == 0
     assert two.memory.kernels >= 10**6 * products

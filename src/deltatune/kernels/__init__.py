@@ -14,6 +14,8 @@ from torch import Tensor
 
 from deltatune.kernels.build import library
 
+_RANKS = 8
+"""Ranks that kernels.c computes together."""
 _BITS = {torch.bfloat16: 16, torch.float32: 32}
 
 
@@ -90,6 +92,56 @@ def softmax_backward_(
 ) -> None:
     """scaling · w · (dw − Σ w·dw), the scores' gradient, in the place of that of the weights w. Both are dense."""
     torch.ops.deltatune.softmax_backward_(gradient, weights, scaling)
+
+
+def low_rank(
+    x: Float[Tensor, "tokens in"],
+    A: Float[Tensor, "rank in"],
+    B: Float[Tensor, "out rank"],
+    bias: Float[Tensor, " out"] | None,
+    scale: float,
+) -> tuple[Float[Tensor, "tokens out"], Float[Tensor, "tokens padded"], Float[Tensor, "rank out"]]:
+    """(x·Aᵀ)·(scale·B)ᵀ + bias, and what `low_rank_backward` needs: h = x·Aᵀ and (scale·B)ᵀ.
+
+    A and B are fp32, and so is h, which has 8, 16, … columns, of which the first `rank` count.
+    """
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.deltatune.low_rank(
+        x.contiguous(), A.contiguous(), B.contiguous(), bias, scale
+    )
+    return found
+
+
+def low_rank_backward(
+    x: Float[Tensor, "tokens in"],
+    h: Float[Tensor, "tokens padded"],
+    dy: Float[Tensor, "tokens out"],
+    A: Float[Tensor, "rank in"],
+    scaled: Float[Tensor, "rank out"],
+    scale: float,
+) -> tuple[Float[Tensor, "tokens in"], Float[Tensor, "rank in"], Float[Tensor, "rank out"]]:
+    """dx = dh·A,  dA = dhᵀ·x  and  dBᵀ = scale·hᵀ·dy,  with dh = dy·(scale·B)."""
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.deltatune.low_rank_backward(
+        x.contiguous(), h, dy.contiguous(), A.contiguous(), scaled, scale
+    )
+    return found
+
+
+def scale_columns(
+    x: Float[Tensor, "rows width"], factors: Float[Tensor, " width"], bias: Float[Tensor, " width"] | None
+) -> Float[Tensor, "rows width"]:
+    """factors ⊙ x + bias; both are fp32."""
+    y: Tensor = torch.ops.deltatune.scale_columns(x.contiguous(), factors.contiguous(), bias)
+    return y
+
+
+def scale_columns_backward(
+    x: Float[Tensor, "rows width"], factors: Float[Tensor, " width"], dy: Float[Tensor, "rows width"]
+) -> tuple[Float[Tensor, "rows width"], Float[Tensor, " width"]]:
+    """dx = factors ⊙ dy, and Σ dy ⊙ x over the rows in fp32."""
+    found: tuple[Tensor, Tensor] = torch.ops.deltatune.scale_columns_backward(
+        x.contiguous(), factors.contiguous(), dy.contiguous()
+    )
+    return found
 
 
 def cross_entropy_(
@@ -173,6 +225,43 @@ def _softmax_backward(gradient: Tensor, weights: Tensor, scaling: float) -> None
         _run("softmax_backward", gradient, gradient, weights, scaling, gradient.numel() // tokens, tokens)
 
 
+def _low_rank(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    (tokens, width), (out, rank) = x.shape, B.shape
+    y, scaled = x.new_empty(tokens, out), A.new_empty(rank, out)
+    h = A.new_empty(tokens, -(-rank // _RANKS) * _RANKS)
+    if not x.is_meta:
+        _run("low_rank", x, x, A, B, bias, scale, y, h, scaled, tokens, width, out, rank)
+    return y, h, scaled
+
+
+def _low_rank_backward(
+    x: Tensor, h: Tensor, dy: Tensor, A: Tensor, scaled: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    (tokens, width), (rank, out) = x.shape, scaled.shape
+    dx, dA, dB = torch.empty_like(x), torch.empty_like(A), torch.empty_like(scaled)
+    threads = torch.get_num_threads()
+    sums = A.new_empty(threads, rank * (width + out))
+    if not x.is_meta:
+        sizes = tokens, width, out, rank, threads
+        _run("low_rank_backward", x, x, h, dy, A, scaled, scale, dx, sums, dA, dB, *sizes)
+    return dx, dA, dB
+
+
+def _scale_columns(x: Tensor, factors: Tensor, bias: Tensor | None) -> Tensor:
+    y = torch.empty_like(x)
+    if not x.is_meta:
+        _run("scale_columns", x, x, factors, bias, y, *x.shape)
+    return y
+
+
+def _scale_columns_backward(x: Tensor, factors: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    dx, products, threads = torch.empty_like(dy), torch.empty_like(factors), torch.get_num_threads()
+    sums = factors.new_empty(threads, len(factors))
+    if not x.is_meta:
+        _run("scale_columns_backward", x, x, factors, dy, dx, sums, products, *x.shape, threads)
+    return dx, products
+
+
 def _cross_entropy(logits: Tensor, targets: Tensor, units: int) -> Tensor:
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     if not logits.is_meta:
@@ -202,5 +291,13 @@ _define("gated_silu_backward(Tensor gate, Tensor up, Tensor dy) -> (Tensor, Tens
 _define("rotate(Tensor x, Tensor cosines, Tensor sines, bool back) -> Tensor", _rotate)
 _define("softmax_(Tensor(a!) scores, Tensor? bias, float scaling) -> ()", _softmax)
 _define("softmax_backward_(Tensor(a!) gradient, Tensor weights, float scaling) -> ()", _softmax_backward)
+_define("low_rank(Tensor x, Tensor A, Tensor B, Tensor? bias, float scale) -> (Tensor, Tensor, Tensor)", _low_rank)
+_define(
+    "low_rank_backward(Tensor x, Tensor h, Tensor dy, Tensor A, Tensor scaled, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    _low_rank_backward,
+)
+_define("scale_columns(Tensor x, Tensor factors, Tensor? bias) -> Tensor", _scale_columns)
+_define("scale_columns_backward(Tensor x, Tensor factors, Tensor dy) -> (Tensor, Tensor)", _scale_columns_backward)
 _define("cross_entropy_(Tensor(a!) logits, Tensor targets, int units) -> Tensor", _cross_entropy)
 _define("drop(Tensor x, float p, int seed) -> Tensor", _drop)

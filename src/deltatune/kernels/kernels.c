@@ -2,11 +2,12 @@
    writes its outputs once. PyTorch makes several passes of each, with what lies between them in memory.
 
    Numbers have BITS bits: 16 (bf16) or 32 (fp32). Every matrix is dense and row-major. Threads share the rows, always
-   in the same way, and no sum is shared between them, so the same inputs give the same bits. The vectors are those of
-   GCC and Clang: 16 numbers, in as many registers as the processor needs. What each function computes stands beside
-   its operator in __init__.py. */
+   in the same way, and what several have summed is added in their order: the same inputs on as many threads give the
+   same bits. The vectors are those of GCC and Clang: 16 numbers, in as many registers as the processor needs. What each
+   function computes stands beside its operator in __init__.py. */
 
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -15,6 +16,9 @@ typedef int64_t size;
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+#define INLINE static inline __attribute__((always_inline))
+/* A loop that is written out, so that arrays of vectors stay in registers. */
+#define EACH(i, n) _Pragma("GCC unroll 8") for (size i = 0; i < n; i++)
 
 static inline floats all(float x) { return x - (floats){0}; }
 static inline floats choose(ints which, floats yes, floats no)
@@ -106,12 +110,14 @@ static inline floats first(size n, floats x, float rest)
     return n >= LANES ? x : choose(place < (int)n, x, all(rest));
 }
 
-/* exp to 2e-7 of itself: 2^n · e^r with r within ±ln 2 / 2; 0 for minus infinity, and far below what 16 bits hold. */
+/* exp to 2e-7 of itself: 2^n · e^r with r within ±ln 2 / 2; 0 below -87, which is what minus infinity gives. */
 static inline floats exponential(floats x)
 {
 #if AVX512
     /* Of two numbers min and max take the second where one is none. */
-    x = (floats)_mm512_max_ps(_mm512_set1_ps(-126.0f), _mm512_min_ps(_mm512_set1_ps(88.0f), (__m512)x));
+    /* What lies below would be computed with many times as slowly. */
+    __mmask16 high = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-87.0f), _CMP_NLT_UQ);
+    x = (floats)_mm512_max_ps(_mm512_set1_ps(-87.0f), _mm512_min_ps(_mm512_set1_ps(88.0f), (__m512)x));
     floats n = (floats)_mm512_roundscale_ps((__m512)(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
     ints low = x < -87.0f;
@@ -128,7 +134,7 @@ static inline floats exponential(floats x)
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
 #if AVX512
-    return (floats)_mm512_scalef_ps((__m512)p, (__m512)n);
+    return (floats)_mm512_maskz_scalef_ps(high, (__m512)p, (__m512)n);
 #else
     return choose(low, all(0), p * (floats)((whole + 127) << 23));
 #endif
@@ -262,6 +268,222 @@ void softmax_backward(number *gradient, const number *weights, float scaling, si
         float shared = total(sums);
         for (size i = 0; i < tokens; i += LANES)
             store(here + i, (load(here + i, tokens - i) - shared) * load(w + i, tokens - i) * scaling, tokens - i);
+    }
+}
+
+/* Low-rank updates ---------------------------------------------------------------------------------------------- */
+
+/* The factors are few rows of fp32 each, (rank, width). What a token has between them, h, takes `padded` numbers:
+   the rank rounded up to whole groups, of which the last may have numbers that nobody reads. */
+enum { TOKENS = 4, RANKS = 8, SOME = 32 };
+static inline size padded(size rank) { return (rank + RANKS - 1) / RANKS * RANKS; }
+
+static inline floats load_floats(const float *from, size n)
+{
+#if AVX512
+    return (floats)_mm512_maskz_loadu_ps(lanes(n), from);
+#else
+    floats x = {0};
+    memcpy(&x, from, (n < LANES ? n : LANES) * sizeof *from);
+    return x;
+#endif
+}
+static inline void store_floats(float *to, floats x, size n) { memcpy(to, &x, (n < LANES ? n : LANES) * sizeof *to); }
+
+/* Of every `group` numbers of a, then of b, half as many: the sums of those that are half a group apart. */
+INLINE floats fold(floats a, floats b, int group)
+{
+    ints place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    int half = group / 2;
+    ints from = place / half * group + place % half;
+    return __builtin_shuffle(a, b, from) + __builtin_shuffle(a, b, from + half);
+}
+
+INLINE void inner_step(floats sums[2 * RANKS], const number *one, const number *two, const float *const rows[RANKS], size i,
+                       size n)
+{
+    floats first = load(one + i, n), second = load(two + i, n);
+    EACH(k, RANKS)
+    {
+        floats row = load_floats(rows[k] + i, n);
+        sums[k] += first * row;
+        sums[RANKS + k] += second * row;
+    }
+}
+
+/* h = x·Fᵀ for rows of x (tokens, width). */
+static void inner(const number *x, const float *factor, float *h, size tokens, size width, size rank)
+{
+    for (size token = 0; token < tokens; token += 2)
+        for (size group = 0; group < rank; group += RANKS) {
+            size other = token + 1 < tokens ? token + 1 : token;
+            const float *rows[RANKS];
+            for (size k = 0; k < RANKS; k++) rows[k] = factor + (group + k < rank ? group + k : rank - 1) * width;
+            floats sums[2 * RANKS] = {0};
+            size i = 0;
+            for (; i + LANES <= width; i += LANES) inner_step(sums, x + token * width, x + other * width, rows, i, LANES);
+            if (i < width) inner_step(sums, x + token * width, x + other * width, rows, i, width - i);
+            EACH(k, 8) sums[k] = fold(sums[2 * k], sums[2 * k + 1], 16);
+            EACH(k, 4) sums[k] = fold(sums[2 * k], sums[2 * k + 1], 8);
+            EACH(k, 2) sums[k] = fold(sums[2 * k], sums[2 * k + 1], 4);
+            float both[2 * RANKS];
+            store_floats(both, fold(sums[0], sums[1], 2), 2 * RANKS);
+            memcpy(h + token * padded(rank) + group, both, RANKS * sizeof *both);
+            if (other > token) memcpy(h + other * padded(rank) + group, both + RANKS, RANKS * sizeof *both);
+        }
+}
+
+INLINE void outer_step(const float *h, const float *factor, const number *bias, number *y, size tokens, size width, size rank,
+                       size i, int vectors, size n)
+{
+    floats sums[TOKENS][2];
+    number *rows[TOKENS];
+    const float *own[TOKENS];
+    EACH(t, TOKENS) /* where there are fewer tokens, the first stands in for the others */
+    {
+        rows[t] = y + (t < tokens ? t : 0) * width + i;
+        own[t] = h + (t < tokens ? t : 0) * padded(rank);
+        EACH(v, 2) if (v < vectors) sums[t][v] = bias ? load(bias + i + v * LANES, n) : all(0);
+    }
+    for (size k = 0; k < rank; k++)
+        EACH(v, 2) if (v < vectors)
+        {
+            floats row = load_floats(factor + k * width + i + v * LANES, n);
+            EACH(t, TOKENS) sums[t][v] += own[t][k] * row;
+        }
+    EACH(t, TOKENS)
+        EACH(v, 2) if (v < vectors && t < tokens) store(rows[t] + v * LANES, sums[t][v], n);
+}
+
+/* y = h·F + b for at most four rows of y (tokens, width). */
+static void outer(const float *h, const float *factor, const number *bias, number *y, size tokens, size width, size rank)
+{
+    size i = 0;
+    for (; i + 2 * LANES <= width; i += 2 * LANES) outer_step(h, factor, bias, y, tokens, width, rank, i, 2, LANES);
+    for (; i < width; i += LANES)
+        outer_step(h, factor, bias, y, tokens, width, rank, i, 1, width - i < LANES ? width - i : LANES);
+}
+
+INLINE void gradient_step(const number *x, const float *h, float *gradient, size tokens, size width, size rank, size i,
+                          int vectors, size n)
+{
+    for (size group = 0; group < rank; group += RANKS) {
+        floats sums[RANKS][2] = {0};
+        for (size t = 0; t < tokens; t++)
+            EACH(v, 2) if (v < vectors)
+            {
+                floats now = load(x + t * width + i + v * LANES, n);
+                EACH(k, RANKS) sums[k][v] += h[t * padded(rank) + group + k] * now;
+            }
+        EACH(k, RANKS)
+            EACH(v, 2) if (v < vectors && group + k < rank)
+            {
+                float *to = gradient + (group + k) * width + i + v * LANES;
+                store_floats(to, load_floats(to, n) + sums[k][v], n);
+            }
+    }
+}
+
+/* gradient += hᵀ·x for rows of x (tokens, width), which a cache holds. */
+static void gradients(const number *x, const float *h, float *gradient, size tokens, size width, size rank)
+{
+    size i = 0;
+    for (; i + 2 * LANES <= width; i += 2 * LANES) gradient_step(x, h, gradient, tokens, width, rank, i, 2, LANES);
+    for (; i < width; i += LANES)
+        gradient_step(x, h, gradient, tokens, width, rank, i, 1, width - i < LANES ? width - i : LANES);
+}
+
+/* scale · the sums of all threads, which lie `each` numbers apart; within their parallel region. */
+static void add_up(const float *sums, size each, float *to, size count, float scale)
+{
+    size threads = omp_get_num_threads();
+#pragma omp for schedule(static) nowait
+    for (size i = 0; i < count; i++) {
+        float sum = sums[i];
+        for (size thread = 1; thread < threads; thread++) sum += sums[thread * each + i];
+        to[i] = scale * sum;
+    }
+}
+
+void low_rank(const number *x, const float *A, const float *B, const number *bias, float scale, number *y, float *h,
+              float *scaled, size tokens, size width, size out, size rank)
+{
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (size o = 0; o < out; o++)
+            for (size k = 0; k < rank; k++) scaled[k * out + o] = scale * B[o * rank + k];
+#pragma omp for schedule(static)
+        for (size t = 0; t < tokens; t += TOKENS) {
+            size now = tokens - t < TOKENS ? tokens - t : TOKENS;
+            inner(x + t * width, A, h + t * padded(rank), now, width, rank);
+            outer(h + t * padded(rank), scaled, bias, y + t * out, now, out, rank);
+        }
+    }
+}
+
+/* Every thread has sums of its own, (rank, width) and (rank, out), which are added up in the end. */
+void low_rank_backward(const number *x, const float *h, const number *dy, const float *A, const float *scaled, float scale,
+                       number *dx, float *sums, float *dA, float *dB, size tokens, size width, size out, size rank,
+                       size threads)
+{
+    size each = rank * (width + out);
+#pragma omp parallel num_threads(threads)
+    {
+        float *own = sums + omp_get_thread_num() * each, dh[SOME * padded(rank)];
+        memset(own, 0, each * sizeof *own);
+#pragma omp for schedule(static)
+        for (size from = 0; from < tokens; from += SOME) {
+            size some = tokens - from < SOME ? tokens - from : SOME;
+            for (size t = 0; t < some; t += TOKENS) {
+                size now = some - t < TOKENS ? some - t : TOKENS;
+                inner(dy + (from + t) * out, scaled, dh + t * padded(rank), now, out, rank);
+                outer(dh + t * padded(rank), A, NULL, dx + (from + t) * width, now, width, rank);
+            }
+            gradients(x + from * width, dh, own, some, width, rank);
+            gradients(dy + from * out, h + from * padded(rank), own + rank * width, some, out, rank);
+        }
+        add_up(sums, each, dA, rank * width, 1);
+        add_up(sums + rank * width, each, dB, rank * out, scale);
+    }
+}
+
+/* Magnitudes ---------------------------------------------------------------------------------------------------- */
+
+void scale_columns(const number *x, const float *factors, const float *bias, number *y, size rows, size width)
+{
+#pragma omp parallel for schedule(static)
+    for (size row = 0; row < rows; row++)
+        for (size i = 0; i < width; i += LANES) {
+            size n = width - i;
+            floats scaled = load(x + row * width + i, n) * load_floats(factors + i, n);
+            store(y + row * width + i, bias ? scaled + load_floats(bias + i, n) : scaled, n);
+        }
+}
+
+/* Every thread has sums of its own, (width), which are added up in the end. */
+void scale_columns_backward(const number *x, const float *factors, const number *dy, number *dx, float *sums,
+                            float *products, size rows, size width, size threads)
+{
+#pragma omp parallel num_threads(threads)
+    {
+        float *own = sums + omp_get_thread_num() * width;
+        memset(own, 0, width * sizeof *own);
+#pragma omp for schedule(static)
+        for (size from = 0; from < rows; from += TOKENS) {
+            size some = rows - from < TOKENS ? rows - from : TOKENS;
+            for (size i = 0; i < width; i += LANES) {
+                size n = width - i;
+                floats factor = load_floats(factors + i, n), sum = load_floats(own + i, n);
+                for (size row = from; row < from + some; row++) {
+                    floats now = load(dy + row * width + i, n);
+                    sum += now * load(x + row * width + i, n);
+                    store(dx + row * width + i, now * factor, n);
+                }
+                store_floats(own + i, sum, n);
+            }
+        }
+        add_up(sums, width, products, width, 1);
     }
 }
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from deltatune.dropout import dropout
 from deltatune.errors import UserError
 from deltatune.methods.contract import CONFIG, Site, Targets, WeightDelta
-from deltatune.methods.lora import low_rank
+from deltatune.methods.low_rank import low_rank
 from deltatune.methods.values import at_least_one, positive, rank_fits, refuse_unsupported, share
 from deltatune.weights import FrozenWeight
 

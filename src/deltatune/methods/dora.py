@@ -24,10 +24,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from deltatune import kernels
 from deltatune.dropout import dropout
 from deltatune.errors import UserError
 from deltatune.methods.contract import CONFIG, Site, Targets, WeightDelta
-from deltatune.methods.lora import LoRA, low_rank
+from deltatune.methods.lora import LoRA
+from deltatune.methods.low_rank import low_rank
 from deltatune.methods.values import at_least_one, positive, rank_fits, share
 from deltatune.weights import FrozenWeight
 
@@ -299,9 +301,13 @@ class _Scaled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         Z, factor, n = ctx.saved_tensors
-        dm = (dy * Z).sum(0).to(n.dtype)
-        dm = (dm if n.shape == dm.shape else dm.sum(0, keepdim=True)) / n
-        return _scaled(dy, factor, None), dy.sum(0) if ctx.needs_input_grad[1] else None, dm, None
+        if kernels.ready(Z):
+            dZ, products = kernels.scale_columns_backward(Z, factor.expand(Z.shape[1]), dy)
+        else:
+            dZ, products = _scaled(dy, factor, None), (dy * Z).sum(0)
+        products = products.to(n.dtype)
+        dm = (products if n.shape == products.shape else products.sum(0, keepdim=True)) / n
+        return dZ, dy.sum(0) if ctx.needs_input_grad[1] else None, dm, None
 
 
 def _scaled(
@@ -309,11 +315,14 @@ def _scaled(
 ) -> Float[Tensor, "tokens out"]:
     """x ⊙ factor + bias. In 16 bits the factor, near 1, would lose what was learnt, so it stays in 32.
 
-    That is batch normalisation with mean 0 and variance 1: the one operation of PyTorch that has both in one pass.
+    Without `kernels` that is batch normalisation with mean 0 and variance 1: of PyTorch's operations the one that has
+    both in one pass.
     """
     factor = factor.expand(x.shape[1]).contiguous()
-    mean, variance = torch.zeros_like(factor), torch.ones_like(factor)
     bias = None if bias is None else bias.to(factor.dtype)
+    if kernels.ready(x):
+        return kernels.scale_columns(x, factor, bias)
+    mean, variance = torch.zeros_like(factor), torch.ones_like(factor)
     return F.batch_norm(x, mean, variance, factor, bias, eps=0.0)
 
 

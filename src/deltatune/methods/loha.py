@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deltatune.methods.contract import CONFIG, Site, Targets, WeightDelta
-from deltatune.methods.lora import low_rank
+from deltatune.methods.low_rank import low_rank
 from deltatune.methods.through import through_update
 from deltatune.methods.values import at_least_one, positive, rank_fits, refuse_unsupported
 from deltatune.weights import FrozenWeight

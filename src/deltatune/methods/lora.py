@@ -37,6 +37,7 @@ from deltatune.methods.lora_init import (
     first_factors,
     spread_ranks,
 )
+from deltatune.methods.low_rank import low_rank
 from deltatune.methods.values import at_least_one, positive, rank_fits, refuse_unsupported, share
 from deltatune.weights import FrozenWeight
 
@@ -322,60 +323,3 @@ class LoRAEmbedding(nn.Module):
         """The vectors plus s·B times the columns of A that the ids choose."""
         chosen = F.embedding(ids, self.A.T.to(vectors.dtype))  # (…, rank)
         return vectors + chosen @ (self.scale * self.B).T.to(vectors.dtype)
-
-
-def low_rank(
-    x: Float[Tensor, "tokens in"],
-    z: Float[Tensor, "tokens in"] | None,
-    weight: FrozenWeight,
-    bias: Float[Tensor, " out"] | None,
-    A: Float[Tensor, "rank in"],
-    B: Float[Tensor, "out rank"],
-    scale: float,
-) -> Float[Tensor, "tokens out"]:
-    """x·Wᵀ + b + scale·(z·Aᵀ)·Bᵀ in the type of x, where z is the dropped input, or x itself when it is None.
-
-    Kept for backward: z, z·Aᵀ, and A and scale·B in the type of x.
-    """
-    y: Tensor = _LowRank.apply(x, z, weight, bias, A, B, scale)  # type: ignore[no-untyped-call]
-    return y
-
-
-class _LowRank(torch.autograd.Function):
-    """The thin products beside the frozen one, in the type of x; s is the scale.
-
-    Backward, with h = z·Aᵀ and dh = dy·sB:   dx = dy·W (+ dh·A),  dz = dh·A,  dA = dhᵀ·z,  dB = s·dyᵀ·h,  db = Σ dy
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        z: Tensor | None,
-        weight: FrozenWeight,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        scale: float,
-    ) -> Tensor:
-        ctx.types, ctx.scale = (A.dtype, B.dtype), scale
-        A, B = A.to(x.dtype), (scale * B).to(x.dtype)
-        branch = x if z is None else z
-        h = branch @ A.T  # (tokens, rank)
-        ctx.save_for_backward(branch, A, B, h)
-        ctx.weight, ctx.dropped = weight, z is not None
-        return weight.matmul(x, bias).addmm_(h, B.T)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        branch, A, B, h = ctx.saved_tensors
-        wants_x, wants_z, _, wants_bias, *_ = ctx.needs_input_grad
-        dh = dy @ B  # (tokens, rank)
-        dx = ctx.weight.matmul_transposed(dy) if wants_x else None
-        dz = dh @ A if wants_z else None
-        if dx is not None and not ctx.dropped:
-            dx.addmm_(dh, A)
-        bias = dy.sum(0) if wants_bias else None
-        dA = (dh.T @ branch).to(ctx.types[0])
-        dB = (h.T @ dy).to(ctx.types[1]).mul_(ctx.scale).T  # so it reads dy row by row: half the time of dyᵀ·h
-        return dx, dz, None, bias, dA, dB, None

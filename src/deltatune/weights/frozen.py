@@ -35,13 +35,18 @@ class FrozenWeight(ABC):
 
     @abstractmethod
     def matmul(
-        self, x: Float[Tensor, "tokens in"], bias: Float[Tensor, " out"] | None = None
+        self,
+        x: Float[Tensor, "tokens in"],
+        bias: Float[Tensor, " out"] | None = None,
+        onto: Float[Tensor, "tokens out"] | None = None,
     ) -> Float[Tensor, "tokens out"]:
-        """x·Wᵀ + bias: the forward product."""
+        """x·Wᵀ + bias: the forward product. Or `onto`, which is of the type of x, with x·Wᵀ added in its place."""
 
     @abstractmethod
-    def matmul_transposed(self, g: Float[Tensor, "tokens out"]) -> Float[Tensor, "tokens in"]:
-        """g·W: the product that carries a gradient back to the input."""
+    def matmul_transposed(
+        self, g: Float[Tensor, "tokens out"], onto: Float[Tensor, "tokens in"] | None = None
+    ) -> Float[Tensor, "tokens in"]:
+        """g·W: the product that carries a gradient back to the input. Or `onto` with it added in its place."""
 
     @abstractmethod
     def dense(self) -> Float[Tensor, "out in"]:

@@ -166,14 +166,22 @@ class QuantisedWeight(FrozenWeight):
         )
 
     def matmul(
-        self, x: Float[Tensor, "tokens in"], bias: Float[Tensor, " out"] | None = None
+        self,
+        x: Float[Tensor, "tokens in"],
+        bias: Float[Tensor, " out"] | None = None,
+        onto: Float[Tensor, "tokens out"] | None = None,
     ) -> Float[Tensor, "tokens out"]:
-        """x·Wᵀ + bias, in the type of x."""
+        """x·Wᵀ + bias, in the type of x; or `onto` with x·Wᵀ added in its place."""
+        if onto is not None:
+            return onto.addmm_(x, self._transient(x.dtype).T)
         return F.linear(x, self._transient(x.dtype), None if bias is None else bias.to(x.dtype))
 
-    def matmul_transposed(self, g: Float[Tensor, "tokens out"]) -> Float[Tensor, "tokens in"]:
-        """g·W, in the type of g."""
-        return g @ self._transient(g.dtype)
+    def matmul_transposed(
+        self, g: Float[Tensor, "tokens out"], onto: Float[Tensor, "tokens in"] | None = None
+    ) -> Float[Tensor, "tokens in"]:
+        """g·W, in the type of g; or `onto` with it added in its place."""
+        weight = self._transient(g.dtype)
+        return g @ weight if onto is None else onto.addmm_(g, weight)
 
     @torch.no_grad()
     def dense(self) -> Float[Tensor, "out in"]:

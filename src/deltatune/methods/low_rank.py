@@ -1,0 +1,108 @@
+"""y = x·Wᵀ + b + s·(z·Aᵀ)·Bᵀ: a frozen product and two thin ones beside it, and their gradients.
+
+Hu et al. 2021, arXiv 2106.09685, equation 3. z is x, or what dropout left of it. Backward, with h = z·Aᵀ, dh = s·dy·B:
+
+    dx = dy·W (+ dh·A)      dz = dh·A      dA = dhᵀ·z      dB = s·dyᵀ·h      db = Σ dy
+
+A product of so few columns keeps no matrix unit busy: what it costs is starting it and reading its inputs. So for small
+ranks `kernels` has what a pass needs beside the frozen product in one operator, which reads the inputs once or twice.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from deltatune import kernels
+from deltatune.weights import FrozenWeight
+
+_SMALL = 16
+"""The highest rank whose products are not worth being products of their own."""
+
+
+def low_rank(
+    x: Float[Tensor, "tokens in"],
+    z: Float[Tensor, "tokens in"] | None,
+    weight: FrozenWeight,
+    bias: Float[Tensor, " out"] | None,
+    A: Float[Tensor, "rank in"],
+    B: Float[Tensor, "out rank"],
+    scale: float,
+) -> Float[Tensor, "tokens out"]:
+    """x·Wᵀ + b + scale·(z·Aᵀ)·Bᵀ in the type of x, where z is the dropped input, or x itself when it is None.
+
+    Kept for backward: z, z·Aᵀ, A and scale·B; of a high rank A and B in the type of x.
+    """
+    small = len(A) <= _SMALL and A.dtype == B.dtype == torch.float32 and kernels.ready(x)
+    way = _Compiled if small else _Products
+    y: Tensor = way.apply(x, z, weight, bias, A, B, scale)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Products(torch.autograd.Function):
+    """The thin products in the type of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        z: Tensor | None,
+        weight: FrozenWeight,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+    ) -> Tensor:
+        ctx.types, ctx.scale = (A.dtype, B.dtype), scale
+        A, B = A.to(x.dtype), (scale * B).to(x.dtype)
+        branch = x if z is None else z
+        h = branch @ A.T  # (tokens, rank)
+        ctx.save_for_backward(branch, A, B, h)
+        ctx.weight, ctx.dropped = weight, z is not None
+        return weight.matmul(x, bias).addmm_(h, B.T)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        branch, A, B, h = ctx.saved_tensors
+        wants_x, wants_z, _, wants_bias, *_ = ctx.needs_input_grad
+        dh = dy @ B  # (tokens, rank)
+        dx = ctx.weight.matmul_transposed(dy) if wants_x else None
+        dz = dh @ A if wants_z else None
+        if dx is not None and not ctx.dropped:
+            dx.addmm_(dh, A)
+        bias = dy.sum(0) if wants_bias else None
+        dA = (dh.T @ branch).to(ctx.types[0])
+        dB = (h.T @ dy).to(ctx.types[1]).mul_(ctx.scale).T  # so it reads dy row by row: half the time of dyᵀ·h
+        return dx, dz, None, bias, dA, dB, None
+
+
+class _Compiled(torch.autograd.Function):
+    """The thin products in loops of ours, with A, B and h in fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        z: Tensor | None,
+        weight: FrozenWeight,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
+    ) -> Tensor:
+        branch = x if z is None else z
+        y, h, scaled = kernels.low_rank(branch, A, B, None if bias is None else bias.to(x.dtype), scale)
+        ctx.save_for_backward(branch, A, h, scaled)
+        ctx.weight, ctx.dropped, ctx.scale = weight, z is not None, scale
+        return weight.matmul(x, onto=y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        branch, A, h, scaled = ctx.saved_tensors
+        wants_x, wants_z, _, wants_bias, *_ = ctx.needs_input_grad
+        through, dA, dB = kernels.low_rank_backward(branch, h, dy, A, scaled, ctx.scale)
+        dx = ctx.weight.matmul_transposed(dy, None if ctx.dropped else through) if wants_x else None
+        dz = through if wants_z else None
+        bias = dy.sum(0) if wants_bias else None
+        return dx, dz, None, bias, dA, dB.T, None
