@@ -7,6 +7,7 @@ one key, and the weights are kept once, in the type of the values. Texts that st
 are seen apart: those of one length are computed together, and nothing between two texts is computed at all.
 """
 
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -77,7 +78,7 @@ def _one_after_another(
     outputs = []
     for run, q, k, v in zip(runs, *rows, strict=True):
         q, k, v = (torch.unflatten(x, 1, run).transpose(0, 1) for x in (q, k, v))
-        outputs.append(_together(q, k, v, _visible(run[1], *window, like=q), scaling, dropout).flatten(0, 1))
+        outputs.append(_together(q, k, v, _visible(run[1], *window, q.dtype, q.device), scaling, dropout).flatten(0, 1))
     return torch.cat(outputs)[None]
 
 
@@ -103,13 +104,15 @@ def _together(
     return output.view(texts, heads, queries, size).transpose(1, 2).contiguous()
 
 
+@lru_cache(maxsize=16)  # every layer asks for the same few
+@torch.inference_mode(False)
 def _visible(
-    length: int, window: int | None, causal: bool, like: Float[Tensor, "texts heads length size"]
+    length: int, window: int | None, causal: bool, dtype: torch.dtype, device: torch.device
 ) -> Float[Tensor, "1 1 length length"] | None:
     """Minus infinity where a token would see one after it, or one that has left its window."""
     if not causal:
         return None
-    later = torch.full((1, 1, length, length), -torch.inf, dtype=like.dtype, device=like.device)
+    later = torch.full((1, 1, length, length), -torch.inf, dtype=dtype, device=device)
     return later.triu(1) if window is None else later.triu(1) + later.tril(-window)
 
 
