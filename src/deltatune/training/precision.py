@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from deltatune.errors import UserError
+from deltatune.training.memory import give_back
 from deltatune.weights import QuantisedLinear
 
 Computed = Literal["fp32", "bf16"]
@@ -49,6 +50,7 @@ def prepare(model: nn.Module, precision: Computed) -> None:
         together = all(parameter.ndim == 1 for parameter in own) and any(parameter.requires_grad for parameter in own)
         for parameter in own:
             parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad or together else frozen)
+    give_back()  # the holes that the former weights have left
 
 
 def autocast(precision: Computed, device: torch.device) -> torch.autocast:
