@@ -1,8 +1,10 @@
 """The compiled loops give what their formulas give, whatever the sizes; without a compiler all works as well."""
 
 import os
+import platform
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from deltatune import kernels
 from deltatune.dropout import dropout
+from deltatune.kernels import build
 from deltatune.kernels.build import library
 from deltatune.models.gates import gated_silu, replace_gates
 from deltatune.models.norms import replace_norms
@@ -242,6 +245,40 @@ def test_what_is_replaced_says_so() -> None:
         replace(model)
     changed = [type(module).__name__ for module in model.modules() if "forward" in vars(module)]
     assert changed == ["LlamaAttention", "LlamaMLP"] * 2
+
+
+def everything(dtype: torch.dtype) -> list[Tensor]:
+    """What each operator gives for sizes that fill no whole registers."""
+    x, dy, up = (numbers(13, 37, dtype=dtype, seed=seed) for seed in range(3))
+    weight, factors = numbers(37, dtype=dtype, seed=3), numbers(37, dtype=torch.float32, seed=4)
+    A, B = numbers(3, 37, dtype=torch.float32), numbers(37, 3, dtype=torch.float32)
+    y, scales = kernels.rms_norm(x, weight, 1e-5)
+    updated, h, scaled = kernels.low_rank(x, A, B, weight, 0.5)
+    logits, scores, passed = x.clone(), x.view(1, 1, 1, 13, 37).clone(), dy.clone()
+    losses = kernels.cross_entropy_(logits, torch.arange(13), 13)
+    kernels.softmax_(scores, torch.zeros_like(scores).masked_fill_(scores > 2, -torch.inf), 1.0)
+    kernels.softmax_backward_(passed, scores.view_as(passed), 1.0)
+    return [
+        y, kernels.rms_norm_backward(x, weight, scales, dy),
+        kernels.gated_silu(x, up), *kernels.gated_silu_backward(x, up, dy),
+        kernels.rotate(x[:, :36].reshape(13, 2, 18), x[:, :18], up[:, :18], False), scores, passed,
+        updated, *kernels.low_rank_backward(x, h, dy, A, scaled, 0.5),
+        kernels.scale_columns(x, factors, factors), *kernels.scale_columns_backward(x, factors, dy),
+        logits, losses, kernels.drop(x, 0.3, 7),
+    ]  # fmt: skip
+
+
+@needs_kernels
+@TYPES
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the processors meant are of that kind")
+def test_a_processor_without_wide_registers_gives_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = everything(dtype)
+    flags = tuple(flag.replace("native", "x86-64") for flag in build._FLAGS)
+    assert flags != build._FLAGS
+    monkeypatch.setattr(build, "_FLAGS", flags)
+    monkeypatch.setattr(kernels, "library", cache(library.__wrapped__))
+    for ours, wider in zip(everything(dtype), here, strict=True):
+        near(ours, wider.double())
 
 
 @pytest.fixture
