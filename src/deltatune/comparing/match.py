@@ -72,11 +72,14 @@ def nearest(size_of: Callable[[int], float | None], wanted: float) -> int | None
     """The number k for which `size_of`, which rises or falls with k, is nearest to what is wanted; None if none fits.
 
     It gives None for a k that is refused. First k doubles until the mark is passed, then the gap is halved. Where only
-    some k fit, such as divisors, one of those between may be missed.
+    some k fit, such as divisors, one of those between may be missed. In the end its neighbours are no nearer: planned
+    memory falls a little where a method computes larger sizes otherwise.
     """
     seen: dict[int, float] = {}
+    tried = {0}
 
     def off(k: int) -> float | None:
+        tried.add(k)
         size = size_of(k)
         if size is None:
             return None
@@ -96,7 +99,14 @@ def nearest(size_of: Callable[[int], float | None], wanted: float) -> int | None
     while low and high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if beyond(off(middle)) else (middle, high)
-    return min(seen, key=lambda k: (abs(seen[k] - wanted), k), default=None)
+    while seen:
+        best = min(seen, key=lambda k: (abs(seen[k] - wanted), k))
+        beside = {best - 1, best + 1} - tried
+        if not beside:
+            return best
+        for k in beside:
+            off(k)
+    return None
 
 
 def _measure(experiment: Experiment, by: By, place: Place, data: TextData | DialogueData) -> Measure:
