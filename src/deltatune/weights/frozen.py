@@ -40,7 +40,7 @@ class FrozenWeight(ABC):
         bias: Float[Tensor, " out"] | None = None,
         onto: Float[Tensor, "tokens out"] | None = None,
     ) -> Float[Tensor, "tokens out"]:
-        """x·Wᵀ + bias: the forward product. Or `onto`, which is of the type of x, with x·Wᵀ added in its place."""
+        """x·Wᵀ + bias: the forward product. Or `onto`, of the type of x, with x·Wᵀ alone added in its place."""
 
     @abstractmethod
     def matmul_transposed(
