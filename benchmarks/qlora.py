@@ -38,7 +38,6 @@ from deltatune.models.quantise import read_storages
 from deltatune.models.streaming import StorageConfig
 from deltatune.training.attention import choose_attention
 from deltatune.training.precision import autocast, prepare
-from deltatune.weights import kernel
 
 BASES = ("decoder", "minilm", "smollm2")
 VARIANTS = ("LoRA", "QLoRA", "PEFT")
@@ -196,18 +195,13 @@ def main() -> None:
     options.add_argument("--base", nargs="+", choices=BASES, default=("smollm2", "minilm"))
     options.add_argument("--layers", type=int, default=30, help="of the decoder; SmolLM2-135M has 30")
     options.add_argument("--rounds", type=int, default=15, help="a multiple of 3 gives each variant each place")
-    options.add_argument("--without-kernel", action="store_true", help="decode as where bitsandbytes is missing")
     given = options.parse_args()
-    if given.without_kernel:
-        kernel._library = lambda: None
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, peft {peft.__version__}")
     for base in given.base:
         with tempfile.TemporaryDirectory() as place:
             folder = write(base, given.layers, Path(place))
             print("\nA step")
             table(steps(base, folder, given.rounds))
-            if given.without_kernel:
-                continue
             print("\nMemory of a fresh process")
             table(memory(base, folder))
             print("\nLoading")

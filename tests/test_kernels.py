@@ -22,6 +22,8 @@ from deltatune.models.norms import replace_norms
 from deltatune.models.rotations import replace_rotations, rotated
 from deltatune.training.cross_entropy import cross_entropy_
 from deltatune.training.pieces import quicken
+from deltatune.weights.codec import decode, encode
+from deltatune.weights.storage import FORMATS, parse_storage
 from tiny import tiny_language_model
 
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -265,6 +267,7 @@ def everything(dtype: torch.dtype) -> list[Tensor]:
         updated, *kernels.low_rank_backward(x, h, dy, A, scaled, 0.5),
         kernels.scale_columns(x, factors, factors), *kernels.scale_columns_backward(x, factors, dy),
         logits, losses, kernels.drop(x, 0.3, 7),
+        *(decode(encode(x, storage), storage, x.new_empty(x.numel())) for storage in map(parse_storage, FORMATS[:5])),
     ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from command import assert_refused, deltatune
 def test_doctor_says_what_runs_use_here_and_why(base):
     done = deltatune("doctor", "--base", base)
     assert done.code == 0, done.err
-    assert all(word in done.out for word in ("precision", "attention", "decoding of nf4", "why"))
+    assert all(word in done.out for word in ("precision", "attention", "decoding of weights", "why"))
 
 
 def test_doctor_shows_where_a_step_of_a_base_of_the_users_own_goes(base):

@@ -144,6 +144,26 @@ def scale_columns_backward(
     return found
 
 
+def decode(
+    codes: Tensor,
+    scales: Tensor,
+    coarse: Tensor | None,
+    offset: Tensor | None,
+    tables: tuple[Tensor, Tensor | None],
+    out: Float[Tensor, " numbers"],
+    start: int,
+    block: int,
+    bits: int,
+) -> None:
+    """level · scale in fp32 for each code of a quantised weight from place `start` on, rounded once into `out`.
+
+    The tensors are those of `weights.codec.Packed`; `tables` the levels of 8-bit scales, and of codes of fewer bits.
+    """
+    if not out.is_meta:
+        given = codes, scales, coarse, offset, *tables, out
+        _run("decode", out, *given, start, out.numel(), block, bits)
+
+
 def cross_entropy_(
     logits: Float[Tensor, "rows classes"], targets: Int[Tensor, " rows"], units: int
 ) -> Float[Tensor, " rows"]:

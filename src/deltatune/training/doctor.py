@@ -53,12 +53,17 @@ def examine_machine(device: torch.device | str = "cpu") -> list[Finding]:
 
 
 def _decoding(precision: str, device: torch.device) -> Finding:
+    if device.type == "cpu":
+        why = kernels.missing()
+        return Finding(
+            "decoding of weights", "PyTorch" if why else "a compiled loop", why or "one pass, scales included"
+        )
     out = torch.empty(64, dtype=torch.bfloat16 if precision == "bf16" else torch.float32, device=device)
     codes, scales = torch.zeros(32, dtype=torch.uint8, device=device), torch.ones(1, device=device)
     if decode_blocks("nf4", codes, scales, out, 64):
-        return Finding("decoding of nf4 and fp4", "bitsandbytes' kernel", "it is installed, and gives what it should")
+        return Finding("decoding of weights", "bitsandbytes' operator for nf4 and fp4", "it gives what it should here")
     installed = "does not give what it should here" if find_spec("bitsandbytes") else "is not installed"
-    return Finding("decoding of nf4 and fp4", "PyTorch", f"bitsandbytes {installed}")
+    return Finding("decoding of weights", "PyTorch", f"bitsandbytes {installed}")
 
 
 def examine_base(base: Base, length: int) -> list[Finding]:

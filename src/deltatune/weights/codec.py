@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
+from deltatune import kernels
 from deltatune.errors import UserError
 from deltatune.weights import dynamic_map, kernel
 from deltatune.weights.levels import levels
@@ -87,8 +88,9 @@ def decode(
 ) -> Float[Tensor, " numbers"]:
     """Fills `out`, of any floating type, with the weight's numbers from place `start` on, and returns it.
 
-    `start` has to be a multiple of `aligned(storage)`. The numbers are computed in fp32 and rounded once. `kernel` does
-    what it can of them.
+    `start` has to be a multiple of `aligned(storage)`. The numbers are computed in fp32 and rounded once, everywhere to
+    the same bits, but for results in bf16 so small that they have no full precision there (below 2⁻¹²⁶): a compiled
+    loop can make them 0. On a CPU there is one for all formats (`kernels`), on CUDA an operator for some (`kernel`).
     """
     torch.ops.deltatune.decode_(*packed, str(storage), out, start)
     return out
@@ -107,10 +109,16 @@ def _decode(
     if storage.format in DENSE:
         out.copy_(codes[start : start + len(out)])
         return
+    bits, place = BITS[storage.format], start // storage.block
+    if kernels.ready(out) and out.is_contiguous():
+        map = dynamic_map.levels(True, out.device)
+        tables = map, None if storage.format == "int8" else levels(storage.format)
+        assert scales is not None
+        kernels.decode(codes, scales, coarse, offset, tables, out, start, storage.block, bits)
+        return
     scales = decode_scales(packed)
     if storage.format == "int8":
         scales = scales / 127
-    bits, place = BITS[storage.format], start // storage.block
     done = kernel.decode_blocks(storage.format, packed.codes[start * bits // 8 :], scales[place:], out, storage.block)
     tile = len(out) if out.is_cuda else _TILE
     for first in range(done, len(out), tile):

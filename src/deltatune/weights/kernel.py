@@ -1,16 +1,11 @@
-"""Decoding four bits with bitsandbytes' kernels, where that package is installed: on a CPU ten times as fast.
+"""Decoding four bits on CUDA with bitsandbytes' operator, where that package is installed.
 
-They compute level · scale in fp32 and round once, as `codec` does: the same bits, but for results in bf16 so small that
-they have no full precision there (below 2⁻¹²⁶), which become 0. On a CPU the kernel is taken from the package's shared
-library, since importing the package takes seconds and may fetch code from a hub. Its functions are no public interface:
-they are used from releases that are known. On CUDA it is the package's own operator. Both are used after they gave what
-they should on the device.
+It computes level · scale in fp32 and rounds once, as `codec` does: the same bits. It is used after it gave what it
+should on the device. On a CPU `kernels.decode` does the same for every format.
 """
 
-import ctypes
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, distribution
 
 import torch
 from jaxtyping import Float, Integer
@@ -18,10 +13,9 @@ from torch import Tensor
 
 from deltatune.weights.levels import levels
 
-_RELEASES = ("0.50.",)
-_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _BLOCK = 64
-_CUDA_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 Kernel = Callable[[Tensor, Tensor, Tensor, int], None]
 """Fills its third argument from codes and fp32 scales in blocks of so many numbers, of which it has whole ones."""
@@ -38,9 +32,9 @@ def decode_blocks(
 
     Codes and scales begin where `out` does.
     """
-    kernel = _kernel(format, out.dtype, out.device) if out.is_contiguous() else None
-    count = len(out) // block * block if out.is_cpu or block in _CUDA_BLOCKS else 0
-    if kernel is None or count == 0:
+    count = len(out) // block * block if out.is_cuda and out.is_contiguous() and block in _BLOCKS else 0
+    kernel = _kernel(format, out.dtype, out.device) if count else None
+    if kernel is None:
         return 0
     kernel(codes, scales, out[:count], block)
     return count
@@ -49,10 +43,9 @@ def decode_blocks(
 @lru_cache
 def _kernel(format: str, dtype: torch.dtype, device: torch.device) -> Kernel | None:
     """The kernel that decodes that format to that type on that device; None where there is none that does."""
-    makers = {"cpu": _cpu_kernel, "cuda": _operator}
-    if format not in ("nf4", "fp4") or dtype not in _TYPES or device.type not in makers:
+    if format not in ("nf4", "fp4") or dtype not in _TYPES:
         return None
-    kernel = makers[device.type](format, dtype)
+    kernel = _operator(format, dtype)
     return kernel if kernel and _decodes(kernel, format, dtype, device) else None
 
 
@@ -71,25 +64,6 @@ def _operator(format: str, dtype: torch.dtype) -> Kernel | None:
     return kernel
 
 
-def _cpu_kernel(format: str, dtype: torch.dtype) -> Kernel | None:
-    """The function of the package's library for CPUs."""
-    library = _library()
-    if library is None:
-        return None
-    try:
-        function = library[f"cdequantize_blockwise_cpu_{format}_{_TYPES[dtype]}"]
-    except AttributeError:
-        return None
-    function.restype = None
-    function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_longlong] * 3]
-
-    def kernel(codes: Tensor, scales: Tensor, out: Tensor, block: int) -> None:
-        # A row is one block: rows of several would have to be whole numbers of blocks, and threads share rows.
-        function(codes.data_ptr(), scales.data_ptr(), out.data_ptr(), block, len(out) // block, block)
-
-    return kernel
-
-
 def _decodes(kernel: Kernel, format: str, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether it gives each pair of codes its levels, times the scale of their block."""
     codes, scales = torch.arange(256).to(torch.uint8), torch.linspace(0.001, 3.7, 512 // _BLOCK)
@@ -97,17 +71,3 @@ def _decodes(kernel: Kernel, format: str, dtype: torch.dtype, device: torch.devi
     out = torch.full((512,), torch.nan, dtype=dtype, device=device)
     kernel(codes.to(device), scales.to(device), out, _BLOCK)
     return torch.equal(out.cpu(), (levels(format)[pairs] * scales[:, None]).to(dtype).view(-1))
-
-
-@lru_cache
-def _library() -> ctypes.CDLL | None:
-    """The package's library, where its kernels are the fast ones; it runs on the threads that PyTorch has."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return None
-    try:
-        package = distribution("bitsandbytes")
-        if not package.version.startswith(_RELEASES):
-            return None
-        return ctypes.CDLL(str(package.locate_file("bitsandbytes/libbitsandbytes_cpu.so")))
-    except (PackageNotFoundError, OSError):
-        return None
