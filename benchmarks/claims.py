@@ -9,7 +9,6 @@ claim is written by hand at the head of the experiment, after "Found:".
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -37,7 +36,6 @@ def run(name: str, folder: Path) -> None:
     from deltatune.comparing.results import CellResult
     from deltatune.comparing.sharing import News
 
-    began = time.time()
 
     def watch(_: Any, news: News) -> None:
         if isinstance(news, CellResult):
@@ -59,7 +57,6 @@ def run(name: str, folder: Path) -> None:
     ]
     kept = {
         **circumstances(),
-        "seconds": time.time() - began,
         "failed": [f"{one.label} {one.seed}: {one.reason}" for one in done.failed],
         "findings": summary.findings(table.rows(done.results), done.results),
         "lines": lines,
@@ -113,10 +110,11 @@ def page() -> str:
             continue
         result = json.loads(found.read_text(encoding="utf-8"))
         parts += [f"**Found:** {verdict}", _table(result["lines"])]
-        machine = result["machine"]
+        machine, threads = result["machine"], result["machine"]["threads"]
+        minutes = sum(line["seconds"] * line["seeds"] for line in result["lines"]) / 60
         parts.append(
-            f"`{result['command']}`, commit {result['commit'][:10]}, {result['date'][:10]}, "
-            f"{machine['processor']}, {machine['threads']} threads, {result['seconds'] / 60:.0f} min."
+            f"`{result['command']}`, commit {result['commit'][:10]}, {result['date'][:10]}, {machine['processor']}, "
+            f"{threads} thread{'s' if threads > 1 else ''}, {minutes:.0f} min of training."
         )
         parts += [f"Failed: {reason}" for reason in result["failed"]]
     return "\n\n".join(parts) + "\n"
