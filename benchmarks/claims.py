@@ -36,7 +36,6 @@ def run(name: str, folder: Path) -> None:
     from deltatune.comparing.results import CellResult
     from deltatune.comparing.sharing import News
 
-
     def watch(_: Any, news: News) -> None:
         if isinstance(news, CellResult):
             print(f"{name}: {news.label} {news.seed}: {news.metric} {news.quality:.3f}", flush=True)

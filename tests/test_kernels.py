@@ -37,9 +37,9 @@ def numbers(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).mul_(3).to(dtype)
 
 
-def near(found: Tensor, exact: Tensor) -> None:
+def near(found: Tensor, exact: Tensor, times: float = 1) -> None:
     """Whether what was found in some type is what was computed in double."""
-    limit = NEAR[found.dtype] * float(exact.abs().max())
+    limit = times * NEAR[found.dtype] * float(exact.abs().max())
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=limit)
 
 
@@ -149,34 +149,91 @@ def test_rotations(half: int, dtype: torch.dtype) -> None:
     near(leaf.grad, dx)
 
 
+def attended(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, kept: Tensor | float = 1.0) -> Tensor:
+    """The formula, for tensors of one type."""
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * 0.3
+    weights = (scores if bias is None else scores + bias).softmax(-1)
+    return (weights * kept @ value).transpose(1, 2)
+
+
+def texts(*sizes: int, dtype: torch.dtype) -> list[Tensor]:
+    """Queries, keys and values as layers give them, (texts, tokens, heads, size), with heads before tokens."""
+    count, heads, groups, queries, tokens, size = sizes
+    shapes = (count, queries, heads, size), (count, tokens, groups, size), (count, tokens, groups, size)
+    return [numbers(*shape, dtype=dtype, seed=seed).transpose(1, 2) / 3 for seed, shape in enumerate(shapes)]
+
+
 @needs_kernels
 @TYPES
-@pytest.mark.parametrize("tokens", [1, 16, 37, 128])
-@pytest.mark.parametrize("shape", [None, (1, 1, 1, 5), (2, 1, 1, 5), (2, 3, 1, 1), (1, 3, 4, 5)], ids=str)
-def test_softmax(shape: tuple[int, ...] | None, tokens: int, dtype: torch.dtype) -> None:
-    products, dw = (numbers(2, 3, 4, 5, tokens, dtype=dtype, seed=seed) for seed in range(2))
-    bias = None if shape is None else numbers(*shape, tokens, dtype=dtype, seed=2)
-    if bias is not None and tokens > 1:
-        bias[..., 0] = -torch.inf
-    weights = products.clone()
-    kernels.softmax_(weights, bias, 0.3)
-    added = 0 if bias is None else bias.double()
-    exact, gradient = formula(lambda x: (0.3 * x + added).softmax(-1), dw, products)
-    near(weights, exact)
-    assert bias is None or tokens == 1 or not weights[..., 0].any()
-    found = dw.clone()
-    kernels.softmax_backward_(found, weights, 0.3)
-    near(found, gradient)
+@pytest.mark.parametrize("sizes", [(4, 2, 5, 5, 3), (6, 2, 70, 70, 64), (2, 1, 1, 77, 16), (3, 3, 45, 90, 40)])
+@pytest.mark.parametrize("of", [None, (0, 0, 0, 0), (1, 0, 0, 0), (0, 0, 0, 1), (0, 1, 1, 0)], ids=str)
+def test_attention(of: tuple[int, ...] | None, sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Without bias; with one that is the same for all, and with one of each text, each query, each head."""
+    heads, groups, queries, tokens, size = sizes
+    q, k, v = texts(2, *sizes, dtype=dtype)
+    dy, bias = numbers(2, queries, heads, size, dtype=dtype, seed=3), None
+    if of is not None:
+        every = (2, groups, heads // groups, queries)
+        shape = [most if own else 1 for own, most in zip(of, every, strict=True)]
+        bias = numbers(*shape, tokens, dtype=dtype, seed=4)
+        bias[..., 0] = torch.finfo(dtype).min
+    y, tops = kernels.attention(q, k, v, bias, None, kernels.Sees(), 0.3, 0.0, 0)
+    added = None if bias is None else bias.double().expand(2, *every[1:], tokens).flatten(1, 2)
+    exact = formula(lambda *inputs: attended(*inputs, added), dy, q, k, v)
+    found = kernels.attention_backward(q, k, v, bias, None, kernels.Sees(), 0.3, 0.0, 0, dy, tops)
+    for ours, right in zip((y, *(one.transpose(1, 2) for one in found)), exact, strict=True):
+        near(ours, right, 3)  # sums of sums
+
+
+@needs_kernels
+@TYPES
+@pytest.mark.parametrize("sees", [(False, 0), (True, 0), (True, 20)], ids=str)
+def test_attention_of_texts_in_one_row(sees: tuple[bool, int], dtype: torch.dtype) -> None:
+    bounds = torch.tensor([0, 8, 48, 48, 49, 120], dtype=torch.int32)  # one is empty
+    q, k, v = texts(1, 4, 2, 120, 120, 24, dtype=dtype)
+    dy = numbers(1, 120, 4, 24, dtype=dtype, seed=3)
+    text = torch.bucketize(torch.arange(120), bounds[1:-1], right=True)
+    later = torch.arange(120) - torch.arange(120)[:, None]
+    hidden = text != text[:, None]
+    if sees[0]:
+        hidden |= later > 0
+    if sees[1]:
+        hidden |= later <= -sees[1]
+    bias = torch.zeros(120, 120, dtype=torch.float64).masked_fill_(hidden, -torch.inf)
+    exact = formula(lambda *inputs: attended(*inputs, bias), dy, q, k, v)
+    y, tops = kernels.attention(q, k, v, None, bounds, kernels.Sees(*sees), 0.3, 0.0, 0)
+    found = kernels.attention_backward(q, k, v, None, bounds, kernels.Sees(*sees), 0.3, 0.0, 0, dy, tops)
+    for ours, right in zip((y, *(one.transpose(1, 2) for one in found)), exact, strict=True):
+        near(ours, right, 3)  # sums of sums
+
+
+@needs_kernels
+@TYPES
+def test_attention_drops_the_same_weights_in_both_directions(dtype: torch.dtype) -> None:
+    q, k, v = texts(2, 4, 2, 40, 40, 48, dtype=dtype)
+    dy = numbers(2, 40, 4, 48, dtype=dtype, seed=3)
+    how = None, None, kernels.Sees(), 0.3, 0.4
+    each = torch.eye(40, 48, dtype=dtype).expand(2, 2, -1, -1)  # as values they give the weights themselves
+    seen = [kernels.attention(q, k, each, *how, seed)[0].transpose(1, 2)[..., :40] != 0 for seed in (5, 5, 6)]
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
+    assert float(seen[0].double().mean()) == pytest.approx(0.6, abs=0.02)
+    y, tops = kernels.attention(q, k, v, *how, 5)
+    exact = formula(lambda *inputs: attended(*inputs, None, seen[0] / 0.6), dy, q, k, v)
+    found = kernels.attention_backward(q, k, v, *how, 5, dy, tops)
+    for ours, right in zip((y, *(one.transpose(1, 2) for one in found)), exact, strict=True):
+        near(ours, right, 3)  # sums of sums
 
 
 @needs_kernels
 def test_what_is_no_number_stays_none() -> None:
-    products = torch.zeros(1, 1, 1, 2, 20)
-    products[..., 0, 3] = torch.nan
-    kernels.softmax_(products, None, 1.0)
-    assert products[..., 0, :].isnan().all()
-    assert not products[..., 1, :].isnan().any()
     for dtype in NEAR:
+        query, others = torch.zeros(1, 1, 2, 20, dtype=dtype), torch.ones(1, 1, 2, 20, dtype=dtype)
+        query[..., 0, 3] = torch.nan
+        y, _ = kernels.attention(query, others, others, None, None, kernels.Sees(), 1.0, 0.0, 0)
+        assert y[0, 0].isnan().all()
+        assert not y[0, 1].isnan().any()
         logits = torch.zeros(2, 20, dtype=dtype)
         logits[0, 3] = torch.nan
         losses = kernels.cross_entropy_(logits, torch.tensor([1, 1]), 1)
@@ -256,14 +313,15 @@ def everything(dtype: torch.dtype) -> list[Tensor]:
     A, B = numbers(3, 37, dtype=torch.float32), numbers(37, 3, dtype=torch.float32)
     y, scales = kernels.rms_norm(x, weight, 1e-5)
     updated, h, scaled = kernels.low_rank(x, A, B, weight, 0.5)
-    logits, scores, passed = x.clone(), x.view(1, 1, 1, 13, 37).clone(), dy.clone()
+    logits, tokens = x.clone(), [one.view(1, 1, 13, 37) / 10 for one in (x, dy, up)]
     losses = kernels.cross_entropy_(logits, torch.arange(13), 13)
-    kernels.softmax_(scores, torch.zeros_like(scores).masked_fill_(scores > 2, -torch.inf), 1.0)
-    kernels.softmax_backward_(passed, scores.view_as(passed), 1.0)
+    how = torch.zeros(1, 1, 1, 13, 13, dtype=dtype), None, kernels.Sees(), 1.0, 0.3, 7
+    attended, tops = kernels.attention(*tokens, *how)
+    passed = kernels.attention_backward(*tokens, *how, dy.view(1, 13, 1, 37), tops)
     return [
         y, kernels.rms_norm_backward(x, weight, scales, dy),
         kernels.gated_silu(x, up), *kernels.gated_silu_backward(x, up, dy),
-        kernels.rotate(x[:, :36].reshape(13, 2, 18), x[:, :18], up[:, :18], False), scores, passed,
+        kernels.rotate(x[:, :36].reshape(13, 2, 18), x[:, :18], up[:, :18], False), attended, *passed,
         updated, *kernels.low_rank_backward(x, h, dy, A, scaled, 0.5),
         kernels.scale_columns(x, factors, factors), *kernels.scale_columns_backward(x, factors, dy),
         logits, losses, kernels.drop(x, 0.3, 7),

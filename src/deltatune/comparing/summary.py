@@ -143,8 +143,8 @@ _Done = Sequence[tuple[Row, Figures]]
 
 def _compared(done: _Done, results: Sequence[CellResult]) -> str:
     methods = "1 method" if len(done) == 1 else f"{len(done)} methods"
-    most = max(len(row.seeds) for row, _ in done)
-    seeds = "one seed each" if most == 1 else f"up to {most} seeds each"
+    fewest, most = (some(len(row.seeds) for row, _ in done) for some in (min, max))
+    seeds = "one seed each" if most == 1 else f"{'' if fewest == most else 'up to '}{most} seeds each"
     steps = {cell.steps for cell in results if cell.steps}
     same = f"{steps.pop():,} optimiser steps each on the same examples, " if len(steps) == 1 else ""
     return f"{methods}, {seeds}, {same}tested on the same {len(results[0].test_values):,} examples."

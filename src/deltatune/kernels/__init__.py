@@ -6,7 +6,7 @@ another way. They are operators of PyTorch's, so what watches those (a profiler,
 
 import ctypes
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +16,8 @@ from deltatune.kernels.build import library
 
 _RANKS = 8
 """Ranks that kernels.c computes together."""
+_LANES, _QUERIES = 16, 32
+"""Numbers of its registers, and queries that it computes together."""
 _BITS = {torch.bfloat16: 16, torch.float32: 32}
 
 
@@ -78,20 +80,59 @@ def rotate(
     return y
 
 
-def softmax_(
-    scores: Float[Tensor, "texts groups each queries tokens"],
+def attention(
+    query: Float[Tensor, "texts heads queries size"],
+    key: Float[Tensor, "texts groups tokens size"],
+    value: Float[Tensor, "texts groups tokens size"],
     bias: Float[Tensor, "#texts #groups #each #queries tokens"] | None,
+    bounds: Int[Tensor, " bounds"] | None,
+    sees: "Sees",
     scaling: float,
-) -> None:
-    """softmax(scores · scaling + bias), in the place of the scores, which are dense."""
-    torch.ops.deltatune.softmax_(scores, None if bias is None else bias.contiguous(), scaling)
+    dropout: float,
+    seed: int,
+) -> tuple[Float[Tensor, "texts queries heads size"], Float[Tensor, "texts queries heads 2"]]:
+    """softmax(Q Kᵀ · scaling + bias) V, its weights dropped, and what `attention_backward` needs.
+
+    With `bounds` texts stand one after another in a single row, from each of these places to the next, and see
+    themselves alone. Tensors can have any strides, but the last; what they hold is not copied.
+    """
+    found: tuple[Tensor, Tensor] = torch.ops.deltatune.attention(
+        *map(_last_dense, (query, key, value)), bias, bounds, *sees, scaling, dropout, seed
+    )
+    return found
 
 
-def softmax_backward_(
-    gradient: Float[Tensor, "*rows tokens"], weights: Float[Tensor, "*rows tokens"], scaling: float
-) -> None:
-    """scaling · w · (dw − Σ w·dw), the scores' gradient, in the place of that of the weights w. Both are dense."""
-    torch.ops.deltatune.softmax_backward_(gradient, weights, scaling)
+def attention_backward(
+    query: Float[Tensor, "texts heads queries size"],
+    key: Float[Tensor, "texts groups tokens size"],
+    value: Float[Tensor, "texts groups tokens size"],
+    bias: Float[Tensor, "#texts #groups #each #queries tokens"] | None,
+    bounds: Int[Tensor, " bounds"] | None,
+    sees: "Sees",
+    scaling: float,
+    dropout: float,
+    seed: int,
+    dy: Float[Tensor, "texts queries heads size"],
+    tops: Float[Tensor, "texts queries heads 2"],
+) -> tuple[
+    Float[Tensor, "texts queries heads size"],
+    Float[Tensor, "texts tokens groups size"],
+    Float[Tensor, "texts tokens groups size"],
+]:
+    """The gradients of queries, keys and values: their weights are computed anew."""
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.deltatune.attention_backward(
+        *map(_last_dense, (query, key, value)), bias, bounds, *sees, scaling, dropout, seed, dy.contiguous(), tops
+    )
+    return found
+
+
+class Sees(NamedTuple):
+    """Which tokens of a text a token sees, bias apart."""
+
+    causal: bool = False
+    """No later ones."""
+    window: int = 0
+    """Where that is not 0, so many at most, itself among them."""
 
 
 def low_rank(
@@ -193,10 +234,6 @@ def _argument(value: Tensor | float | int | ctypes.Array[Any] | None) -> Any:
     return ctypes.c_int64(value) if isinstance(value, int) else value
 
 
-def _sizes(values: Any) -> ctypes.Array[Any]:
-    return (ctypes.c_int64 * 4)(*values)
-
-
 def _rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     y, scales = torch.empty_like(x), torch.empty(len(x), dtype=torch.float32, device=x.device)
     if not x.is_meta:
@@ -233,16 +270,61 @@ def _rotate(x: Tensor, cosines: Tensor, sines: Tensor, back: bool) -> Tensor:
     return y
 
 
-def _softmax(scores: Tensor, bias: Tensor | None, scaling: float) -> None:
-    if not scores.is_meta:
-        strides = None if bias is None else _sizes(bias.expand(scores.shape).stride()[:4])
-        _run("softmax", scores, scores, bias, _sizes(scores.shape[:4]), strides, scaling, scores.shape[4])
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, bounds: Tensor | None, *how: Any
+) -> tuple[Tensor, Tensor]:
+    texts, heads, queries, size = query.shape
+    y = query.new_empty(texts, queries, heads, size)
+    tops = query.new_empty(texts, queries, heads, 2, dtype=torch.float32)
+    if not query.is_meta:
+        job = _Job(query, key, value, bias, bounds, *how)
+        _run("attention", query, *job.inputs, y, tops, *job.memory())
+    return y, tops
 
 
-def _softmax_backward(gradient: Tensor, weights: Tensor, scaling: float) -> None:
-    if not gradient.is_meta:
-        tokens = gradient.shape[-1]
-        _run("softmax_backward", gradient, gradient, weights, scaling, gradient.numel() // tokens, tokens)
+def _attention_backward(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, bounds: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *how, dy, tops = rest
+    texts, groups, tokens, size = key.shape
+    dq, dk, dv = torch.empty_like(dy), *(key.new_empty(texts, tokens, groups, size) for _ in range(2))
+    if not query.is_meta:
+        job = _Job(query, key, value, bias, bounds, *how)
+        _run("attention_backward", query, *job.inputs, dy, tops, dq, dk, dv, *job.memory())
+    return dq, dk, dv
+
+
+class _Job:
+    """What both directions of attention are told."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, bounds: Tensor | None,
+        causal: bool, window: int, scaling: float, dropout: float, seed: int,
+    ) -> None:  # fmt: skip
+        (texts, heads, queries, size), groups, tokens = query.shape, key.shape[1], key.shape[2]
+        if bounds is not None:
+            bounds = bounds.to(torch.int32)
+            texts, tokens = len(bounds) - 1, int(bounds.diff().max())
+        self._places = size, tokens
+        strides = [stride for x in (query, key, value) for stride in x.stride()[:3]]
+        if bias is not None:
+            bias = bias.contiguous()
+            strides += bias.expand(texts, groups, heads // groups, queries, tokens).stride()[:4]
+        else:
+            strides += [0] * 4
+        numbers = texts, heads, groups, queries, tokens, size, causal, window, *strides, seed, round(dropout * 2**16)
+        job = (ctypes.c_int64 * len(numbers))(*numbers)
+        self.inputs = query, key, value, bias, bounds, job, scaling, 1 / (1 - dropout) if dropout else 0.0
+
+    def memory(self) -> tuple[Tensor, int]:
+        """Room for every thread, and how many bytes each has."""
+        size, tokens = (-(-one // _LANES) * _LANES for one in self._places)
+        each = 20 * (size * tokens + _QUERIES * (size + tokens))
+        return torch.empty(torch.get_num_threads(), each, dtype=torch.uint8), each
+
+
+def _last_dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _low_rank(x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -309,8 +391,16 @@ _define("rms_norm_backward(Tensor x, Tensor weight, Tensor scales, Tensor dy) ->
 _define("gated_silu(Tensor gate, Tensor up) -> Tensor", _gated_silu)
 _define("gated_silu_backward(Tensor gate, Tensor up, Tensor dy) -> (Tensor, Tensor)", _gated_silu_backward)
 _define("rotate(Tensor x, Tensor cosines, Tensor sines, bool back) -> Tensor", _rotate)
-_define("softmax_(Tensor(a!) scores, Tensor? bias, float scaling) -> ()", _softmax)
-_define("softmax_backward_(Tensor(a!) gradient, Tensor weights, float scaling) -> ()", _softmax_backward)
+_define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? bounds, bool causal, int window,"
+    " float scaling, float dropout, int seed) -> (Tensor, Tensor)",
+    _attention,
+)
+_define(
+    "attention_backward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? bounds, bool causal, int window,"
+    " float scaling, float dropout, int seed, Tensor dy, Tensor tops) -> (Tensor, Tensor, Tensor)",
+    _attention_backward,
+)
 _define("low_rank(Tensor x, Tensor A, Tensor B, Tensor? bias, float scale) -> (Tensor, Tensor, Tensor)", _low_rank)
 _define(
     "low_rank_backward(Tensor x, Tensor h, Tensor dy, Tensor A, Tensor scaled, float scale)"

@@ -58,7 +58,11 @@ def attend(
         if position_bias is not None and attention_mask is not None:
             bias = position_bias + attention_mask
         return _together(query, key, value, bias, factor, rate), None
-    window = (sliding_window, bool(getattr(module, "is_causal", True)))
+    causal = bool(getattr(module, "is_causal", True))
+    if kernels.ready(query, key, value):
+        sees = kernels.Sees(causal, (sliding_window or 0) if causal else 0)
+        return _in_one_pass(query, key, value, None, cu_seq_lens_q, sees, factor, rate), None
+    window = (sliding_window, causal)
     return _one_after_another(query, key, value, cu_seq_lens_q.diff().tolist(), window, factor, rate), None
 
 
@@ -97,11 +101,55 @@ def _together(
         # The least number of fp32 would be minus infinity in 16 bits, and padding that sees nothing no number at all.
         bias = bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
         bias = torch.unflatten(bias, 1, (groups if bias.shape[1] == heads > 1 else 1, -1))
+    if kernels.ready(query, key, value) and not (bias is not None and bias.requires_grad):
+        return _in_one_pass(query, key, value, bias, None, kernels.Sees(), scaling, dropout)
     shape = (texts, groups, heads // groups, queries, tokens)
     mask = draw(shape, dropout, query) if dropout > 0 else None
     side_by_side = query.reshape(texts, groups, heads // groups * queries, size)
     output: Tensor = _Attend.apply(side_by_side, key, value, bias, mask, scaling, dropout, queries)  # type: ignore[no-untyped-call]
     return output.view(texts, heads, queries, size).transpose(1, 2).contiguous()
+
+
+def _in_one_pass(
+    query: Float[Tensor, "texts heads queries size"],
+    key: Float[Tensor, "texts groups tokens size"],
+    value: Float[Tensor, "texts groups tokens size"],
+    bias: Float[Tensor, "#texts #groups #each #queries tokens"] | None,
+    bounds: Int[Tensor, " bounds"] | None,
+    sees: kernels.Sees,
+    scaling: float,
+    dropout: float,
+) -> Float[Tensor, "texts queries heads size"]:
+    """The attention of texts side by side, or of those that a row has between bounds, in a compiled loop."""
+    seed = draw((), dropout, query) if dropout > 0 else 0
+    output: Tensor = _InOnePass.apply(query, key, value, bias, bounds, sees, scaling, dropout, seed)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _InOnePass(torch.autograd.Function):
+    """`kernels.attention`, which keeps its inputs and two numbers for each query and head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        bounds: Tensor | None,
+        *how: Any,
+    ) -> Float[Tensor, "texts queries heads size"]:
+        output, tops = kernels.attention(query, key, value, bias, bounds, *how)
+        ctx.save_for_backward(query, key, value, bias, bounds, tops)
+        ctx.how = how
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Float[Tensor, "texts queries heads size"]) -> tuple[Any, ...]:
+        query, key, value, bias, bounds, tops = ctx.saved_tensors
+        rest = *ctx.how, gradient, tops
+        found = kernels.attention_backward(query, key, value, bias, bounds, *rest)
+        return *(one.transpose(1, 2) for one in found), *[None] * 6
 
 
 @lru_cache(maxsize=16)  # every layer asks for the same few
@@ -161,9 +209,6 @@ def _softmax_(
     scaling: float,
 ) -> Float[Tensor, "texts groups each queries tokens"]:
     """The weights of scores, products · scaling + bias, in the place of the products."""
-    if kernels.ready(products):
-        kernels.softmax_(products, bias, scaling)
-        return products
     scores = products.mul_(scaling) if bias is None else products.mul_(scaling).add_(bias)
     if not _some_rows_at_a_time(scores):
         return scores.softmax(-1)
@@ -176,9 +221,6 @@ def _softmax_backward_(
     gradient: Float[Tensor, "*shape tokens"], weights: Float[Tensor, "*shape tokens"], scaling: float
 ) -> Float[Tensor, "*shape tokens"]:
     """The gradient of the products, given that of the weights, in its place."""
-    if kernels.ready(gradient, weights):
-        kernels.softmax_backward_(gradient, weights, scaling)
-        return gradient
     if not _some_rows_at_a_time(weights):
         return torch._softmax_backward_data(gradient, weights, -1, weights.dtype).mul_(scaling)
     for rows, outputs in zip(_parts(gradient), _parts(weights), strict=True):

@@ -53,13 +53,15 @@ PRODUCTS: Mapping[str, Callable[..., tuple[int, ...]]] = {
     "mv": lambda a, b, *_: (1, a.shape[0], a.shape[1], 1),
 }
 """The operations that multiply matrices, with their sizes."""
+_ATTENTION = {"deltatune::attention": 2, "deltatune::attention_backward": 5}
+"""How many products of each head's queries and keys an operation makes: they count as one, so many times as deep."""
 
 
 def work_of(operation: Any, inputs: Sequence[Any], out: Any) -> Work | None:
     """What an operation was; None for one that moves nothing.
 
-    One that is not PyTorch's own is known by its bytes alone: those of the tensors that it is given and those that it
-    gives or writes over.
+    One that is not PyTorch's own is known by its bytes alone, those of the tensors that it is given and those that it
+    gives or writes over; attention by its products, too.
     """
     name: str = operation._overloadpacket.__name__
     foreign = operation.namespace != "aten"
@@ -80,6 +82,10 @@ def work_of(operation: Any, inputs: Sequence[Any], out: Any) -> Work | None:
     size = sum(one.nbytes for one in (*read, *outputs))
     if name in PRODUCTS:
         return Work(name, outputs[0].dtype, PRODUCTS[name](*read), size)
+    if name in _ATTENTION:
+        query, key = read[:2]
+        (texts, heads, queries, width), tokens = query.shape, key.shape[2]
+        return Work("bmm", query.dtype, (texts * heads, queries, _ATTENTION[name] * width, tokens), size)
     largest = max((*outputs, *read), key=lambda one: one.nbytes, default=torch.empty(0))
     written = max((one.numel() for one in (*outputs, *read)), default=0)
     return Work(name, largest.dtype, (written,), size)

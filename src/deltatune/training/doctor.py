@@ -39,14 +39,14 @@ def examine_machine(device: torch.device | str = "cpu") -> list[Finding]:
         findings += [
             Finding(
                 "attention",
-                f"plain products up to {SHORT} tokens, PyTorch's fused one beyond",
-                "a CPU's fused kernel is slower on short texts (benchmarks/step.py)",
+                f"{'plain products' if kernels.missing() else 'a loop'} of ours up to {SHORT} tokens, PyTorch's beyond",
+                "PyTorch's is slower on short texts (benchmarks/step.py)",
             ),
             Finding("dropout", "from random bits", "PyTorch's draws a float for each element"),
             Finding(
                 "between products",
                 "PyTorch" if kernels.missing() else "compiled loops",
-                kernels.missing() or "one pass each for norms, gates, rotations, softmax, dropout and the loss",
+                kernels.missing() or "one pass each for norms, gates, rotations, attention, dropout and the loss",
             ),
         ]
     return [*findings, _decoding(precision, device)]

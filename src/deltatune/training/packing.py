@@ -19,7 +19,7 @@ from deltatune.methods import SoftPrompt
 from deltatune.models import short_attention
 from deltatune.models.attach import attachment
 from deltatune.training.modes import evaluating
-from deltatune.training.precision import Computed
+from deltatune.training.precision import Computed, alike
 
 log = logging.getLogger("deltatune")
 
@@ -83,14 +83,13 @@ def can_pack(
     mask = (torch.arange(11, device=model.device) < lengths[:, None]).long()
     rows, places = mask.nonzero(as_tuple=True)
     with evaluating(model):
-        padded = hidden({"input_ids": ids, "attention_mask": mask})[rows, places].float()
+        padded = hidden({"input_ids": ids, "attention_mask": mask})[rows, places]
         try:
-            alone = hidden(packed(model, ids, mask))[0, beginnings(mask)[rows] + places].float()
+            alone = hidden(packed(model, ids, mask))[0, beginnings(mask)[rows] + places]
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             log.debug("texts are not packed: %s", error)
             return False
-    near = 0.02 if precision == "bf16" or model.dtype == torch.bfloat16 else 1e-4
-    return alone.shape == padded.shape and torch.allclose(alone, padded, rtol=0, atol=near * float(padded.abs().max()))
+    return alike(alone, padded, "bf16" if model.dtype == torch.bfloat16 else precision)
 
 
 def _own(model: PreTrainedModel) -> bool:

@@ -4,7 +4,8 @@ import platform
 from typing import Literal
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from deltatune.errors import UserError
 from deltatune.training.memory import give_back
@@ -56,3 +57,20 @@ def prepare(model: nn.Module, precision: Computed) -> None:
 def autocast(precision: Computed, device: torch.device) -> torch.autocast:
     """The context in which the model runs forward."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16", cache_enabled=True)
+
+
+def alike(found: Float[Tensor, "*tokens width"], expected: Float[Tensor, "*tokens width"], precision: Computed) -> bool:
+    """Whether states of the same tokens differ by no more than rounding in that precision: for no token by a larger
+    share of its norm.
+
+    Not by a share of the largest number: in language models a first token's is a thousand times the others', and what
+    reaches it through 16 bits is off by several percent whichever way it was computed.
+    """
+    if found.shape != expected.shape:
+        return False
+    found, expected = found.float(), expected.float()
+    apart = (found - expected).norm(dim=-1)
+    return bool((apart <= _ROUNDING[precision] * expected.norm(dim=-1)).all())
+
+
+_ROUNDING: dict[Computed, float] = {"fp32": 1e-3, "bf16": 0.1}
