@@ -66,6 +66,21 @@ def step(attention: str) -> None:
 for plain, ours in (("sdpa", "eager"), ("eager", short_attention.NAME)):
     compare(f"LoRA step in {precision}, {plain} → {ours}", lambda a=plain: step(a), lambda a=ours: step(a), 25)
 
+kind = torch.bfloat16 if precision == "bf16" else torch.float32
+for length in (128, 256, 512, 1024, 2048):
+    tensors = [torch.randn(max(1, 1024 // length), 9, length, 64).to(kind).requires_grad_() for _ in range(3)]
+    bias = torch.full((length, length), -torch.inf, dtype=kind).triu(1)[None, None]
+
+    def fused(tensors: list[torch.Tensor] = tensors) -> None:
+        """Both passes of PyTorch's attention, each token seeing those before it."""
+        F.scaled_dot_product_attention(*tensors, is_causal=True).sum().backward()
+
+    def own(tensors: list[torch.Tensor] = tensors, bias: torch.Tensor = bias) -> None:
+        """The same of ours."""
+        short_attention.attend(torch.nn.Module(), *tensors, bias)[0].sum().backward()
+
+    compare(f"attention of {len(tensors[0])} × {length} tokens, sdpa → {short_attention.NAME}", fused, own, 10)
+
 base = deltatune.load("smollm2")
 del base.model.model.layers[6:]
 deltatune.attach(base.model, LoRA())

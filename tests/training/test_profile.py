@@ -6,6 +6,7 @@ import torch
 import deltatune
 from deltatune import UserError, kernels
 from deltatune.models.base import Base
+from deltatune.training.attention import most_tokens
 from deltatune.training.doctor import examine_base, examine_machine
 from deltatune.training.pieces import PIECES
 from deltatune.training.profile import PARTS, Profile, _product_seconds, profile_step
@@ -119,7 +120,7 @@ def test_every_fast_piece_is_said_with_its_reason(name: str, fast: set[str]) -> 
 
 def test_texts_that_are_too_long_and_an_attention_that_differs_are_told_apart(monkeypatch) -> None:
     chosen, why = said_of(tiny_model("bert"), "bert", 2048)["attention"]
-    assert (chosen, why) == ("sdpa", "texts have 2048 tokens, and it is for 256 at most")
+    assert (chosen, why) == ("sdpa", f"texts have 2048 tokens, and it is for {most_tokens()} at most")
     monkeypatch.setattr("deltatune.training.attention.alike", lambda *_: False)
     chosen, why = said_of(tiny_model("bert"), "bert")["attention"]
     assert chosen == "eager"

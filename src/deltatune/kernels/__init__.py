@@ -28,6 +28,14 @@ def ready(*tensors: Tensor) -> bool:
     return here and kind in _BITS and not isinstance(library(_BITS[kind]), str)
 
 
+def attends(*tensors: Tensor) -> bool:
+    """Whether `attention` takes these and is worth it: with narrower registers its tiles do not fit into them."""
+    if not ready(*tensors):
+        return False
+    made = library(_BITS[tensors[0].dtype])
+    return not isinstance(made, str) and bool(ctypes.c_int32.in_dll(made, "wide_registers").value)
+
+
 def missing() -> str:
     """Why there are none here; empty where there are."""
     found = library(16)

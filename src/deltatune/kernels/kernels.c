@@ -33,6 +33,7 @@ static inline uint16_t lanes(size n) { return n >= LANES ? 0xffff : (1u << n) - 
 #else
 #define AVX512 0
 #endif
+const int32_t wide_registers = AVX512;
 
 #if BITS == 16
 typedef uint16_t number; /* the upper half of a float */

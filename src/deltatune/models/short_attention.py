@@ -1,10 +1,13 @@
-"""Attention over short texts on a CPU, as plain batched products that keep little for the backward pass.
+"""Attention over short texts on a CPU, which keeps little for the backward pass.
 
-Vaswani et al. 2017, arXiv 1706.03762, equation 1. Up to some hundred tokens plain products beat the fused kernel of a
-CPU. Transformers' own plain attention repeats the keys and values of grouped queries (Ainslie et al. 2023, arXiv
-2305.13245) for each of them, and keeps the scores in several forms. Here the queries of a group stand side by side over
-one key, and the weights are kept once, in the type of the values. Texts that stand one after another in a single row
-are seen apart: those of one length are computed together, and nothing between two texts is computed at all.
+Vaswani et al. 2017, arXiv 1706.03762, equation 1. Where the processor's registers are wide it is a compiled loop that
+reads queries, keys and values where the layers left them, keeps no weights but computes them anew (Dao et al. 2022,
+arXiv 2205.14135, section 3.1), and leaves out what no token sees. Elsewhere, and for a bias that trains, it is plain
+batched products, which beat the fused kernel of a CPU up to some hundred tokens. Transformers' own plain attention
+repeats the keys and values of grouped queries (Ainslie et al. 2023, arXiv 2305.13245) for each of them, and keeps the
+scores in several forms. Here the queries of a group stand side by side over one key, and the weights are kept once, in
+the type of the values. Texts that stand one after another in a single row are seen apart: those of one length are
+computed together, and nothing between two texts is computed at all.
 """
 
 from functools import lru_cache
@@ -59,7 +62,7 @@ def attend(
             bias = position_bias + attention_mask
         return _together(query, key, value, bias, factor, rate), None
     causal = bool(getattr(module, "is_causal", True))
-    if kernels.ready(query, key, value):
+    if kernels.attends(query, key, value):
         sees = kernels.Sees(causal, (sliding_window or 0) if causal else 0)
         return _in_one_pass(query, key, value, None, cu_seq_lens_q, sees, factor, rate), None
     window = (sliding_window, causal)
@@ -101,7 +104,7 @@ def _together(
         # The least number of fp32 would be minus infinity in 16 bits, and padding that sees nothing no number at all.
         bias = bias.clamp(min=torch.finfo(query.dtype).min).to(query.dtype)
         bias = torch.unflatten(bias, 1, (groups if bias.shape[1] == heads > 1 else 1, -1))
-    if kernels.ready(query, key, value) and not (bias is not None and bias.requires_grad):
+    if kernels.attends(query, key, value) and not (bias is not None and bias.requires_grad):
         return _in_one_pass(query, key, value, bias, None, kernels.Sees(), scaling, dropout)
     shape = (texts, groups, heads // groups, queries, tokens)
     mask = draw(shape, dropout, query) if dropout > 0 else None

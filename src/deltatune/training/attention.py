@@ -3,13 +3,23 @@
 import torch
 from transformers import PreTrainedModel
 
+from deltatune import kernels
 from deltatune.models import short_attention
 from deltatune.models.fingerprint import is_outline
 from deltatune.training.modes import evaluating
 from deltatune.training.precision import alike
 
-SHORT = 256
-"""Tokens up to which plain batched products beat the fused kernel on a CPU; see benchmarks/step.py."""
+_SHORT, _LONG = 256, 1024
+
+
+def most_tokens() -> int:
+    """Tokens up to which our attention beats the fused kernel on a CPU (benchmarks/step.py).
+
+    The fused kernel uses matrix units where a processor has them; the compiled loop does not, and was not held against
+    it there on long texts.
+    """
+    loop = kernels.attends(torch.empty(0, dtype=torch.bfloat16, device="meta"))
+    return _LONG if loop and not torch.cpu.get_capabilities().get("amx_bf16") else _SHORT
 
 
 def choose_attention(model: PreTrainedModel, longest: int) -> None:
@@ -17,7 +27,7 @@ def choose_attention(model: PreTrainedModel, longest: int) -> None:
 
     For short ones on a CPU that is our own, where it gives what the architecture's own plain attention gives.
     """
-    if longest > SHORT or not (model.device.type == "cpu" or is_outline(model)):
+    if longest > most_tokens() or not (model.device.type == "cpu" or is_outline(model)):
         return
     if is_outline(model):  # it has no numbers to try it with
         model.set_attn_implementation(short_attention.NAME)

@@ -8,7 +8,7 @@ import torch
 
 from deltatune import kernels
 from deltatune.models.base import Base
-from deltatune.training.attention import SHORT
+from deltatune.training.attention import most_tokens
 from deltatune.training.pieces import COMPILED, FOR_A_CPU, PIECES, Piece, quicken
 from deltatune.training.pooled import pooled
 from deltatune.training.precision import resolve
@@ -36,10 +36,11 @@ def examine_machine(device: torch.device | str = "cpu") -> list[Finding]:
         Finding("precision", precision, hardware if precision == "bf16" else "it has no products in bf16"),
     ]
     if device.type == "cpu":
+        loop = kernels.attends(torch.empty(0, dtype=torch.bfloat16))
         findings += [
             Finding(
                 "attention",
-                f"{'plain products' if kernels.missing() else 'a loop'} of ours up to {SHORT} tokens, PyTorch's beyond",
+                f"{'a compiled loop' if loop else 'plain products'} up to {most_tokens()} tokens, PyTorch's beyond",
                 "PyTorch's is slower on short texts (benchmarks/step.py)",
             ),
             Finding("dropout", "from random bits", "PyTorch's draws a float for each element"),
@@ -106,8 +107,8 @@ def _without(piece: Piece, base: Base, length: int) -> str:
     if piece in FOR_A_CPU and device != "cpu":
         return f"it is made for a CPU, and the model is on {device}"
     if piece == "attention":
-        too_long = f"texts have {length} tokens, and it is for {SHORT} at most"
-        return too_long if length > SHORT else "it does not give what this architecture's own gives"
+        too_long = f"texts have {length} tokens, and it is for {most_tokens()} at most"
+        return too_long if length > most_tokens() else "it does not give what this architecture's own gives"
     if piece == "dropout":
         return "the model has none"
     if piece == "norms":
