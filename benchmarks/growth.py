@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from race.circumstances import circumstances
+from race.circumstances import circumstances, machine_folder
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import deltatune
@@ -171,7 +171,7 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=5)
     options.add_argument("--rounds", type=int, default=2)
     options.add_argument("--quick", action="store_true", help="the smallest points and two steps of each")
-    options.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    options.add_argument("--out", type=Path, help="instead of the machine's own folder in benchmarks/results")
     given = options.parse_args()
     found = {}
     for name in given.only:
@@ -181,8 +181,9 @@ def main() -> None:
             print(f"{name} {row['size']}: {1000 * row['seconds']:.0f} ms, {row['bytes'] / 1e6:.0f} MB", flush=True)
         print(found[name]["exponents"], "worse:", found[name]["worse"], flush=True)
     around = circumstances(("torch", "transformers"))  # asked last: no threads may start here before forking
-    given.out.mkdir(parents=True, exist_ok=True)
-    path = given.out / "growth.json"
+    folder = given.out or machine_folder(around["machine"])
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "growth.json"
     path.write_text(json.dumps({"quick": given.quick, **around, "sweeps": found}, indent=1) + "\n")
     print(path)
 

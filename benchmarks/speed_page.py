@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from race.circumstances import RESULTS, machine_name
+
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 WORKS = ("minilm", "smollm2", "smollm2-8x128", "smollm2-dora", "smollm2-qlora")
 BEGIN, END = "<!-- from benchmarks/results: make speed -->", "<!-- end -->"
 QUICK = "**A quick run, which only shows that everything runs: these figures mean nothing.**"
 Result = Mapping[str, Any]
+Machines = Mapping[str, Mapping[str, Result]]
+"""The results of each machine, by name."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,13 @@ MEASURES = {
 }
 
 
-def read(folder: Path = RESULTS) -> dict[str, Result]:
-    """The measurements that are there, by name."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+def read(folder: Path = RESULTS) -> Machines:
+    """The measurements that are there."""
+    found: dict[str, dict[str, Result]] = {}
+    for path in sorted(folder.glob("*/*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        found.setdefault(machine_name(result["machine"]), {})[path.stem] = result
+    return found
 
 
 def per_token(result: Result, name: str) -> list[float]:
@@ -95,19 +102,25 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-def goals(results: Mapping[str, Result], *, aims: bool) -> str:
-    """The goals with what was reached, those that were missed like those that were met."""
+def goals(machines: Machines, *, aims: bool) -> str:
+    """The goals with what was reached on each machine, those that were missed like those that were met."""
     rows = []
     for goal in GOALS:
-        if goal.work not in results:
+        there = [results[goal.work] for results in machines.values() if goal.work in results]
+        if not there:
             continue
-        result = results[goal.work]
-        reached = value(result, goal)
-        met = reached >= goal.aim if goal.more else reached <= goal.aim
-        said = f"{reached:.2f} {MEASURES[goal.measure]}"
-        what = [goal.work, _what(result, goal.of), _what(result, goal.to), said]
-        rows.append([*what, f"{'≥' if goal.more else '≤'} {goal.aim:g}", "yes" if met else "**no**"] if aims else what)
-    return table(("Work", "Ours", "Against", "Measured", *(("Goal", "Met") if aims else ())), rows)
+        what = [goal.work, _what(there[0], goal.of), _what(there[0], goal.to), MEASURES[goal.measure]]
+        aim = [f"{'≥' if goal.more else '≤'} {goal.aim:g}"] if aims else []
+        rows.append([*what, *aim, *(_reached(results, goal, aims) for results in machines.values())])
+    return table(("Work", "Ours", "Against", "What", *(("Goal",) if aims else ()), *machines), rows)
+
+
+def _reached(results: Mapping[str, Result], goal: Goal, aims: bool) -> str:
+    if goal.work not in results:
+        return ""
+    reached = value(results[goal.work], goal)
+    met = reached >= goal.aim if goal.more else reached <= goal.aim
+    return f"{reached:.2f}" + (f" ({'met' if met else '**missed**'})" if aims else "")
 
 
 def _what(result: Result, name: str) -> str:
@@ -147,7 +160,7 @@ def work_section(result: Result) -> str:
         for name, one in result["contestants"].items()
     )
     return (
-        f"## {result['what']}\n\n{circumstances(result)}\n\n{table(headings, rows)}\n\n"
+        f"### {result['what']}\n\n{circumstances(result)}\n\n{table(headings, rows)}\n\n"
         f"Equal work, checked:\n\n{checks}\n\nSettings:\n\n{settings}\n"
     )
 
@@ -173,7 +186,7 @@ def circumstances(result: Result) -> str:
 
 PREFACE = """# Speed and memory
 
-Written by `make speed` from the JSON files in `benchmarks/results`, which `make bench` and
+Written by `make speed` from the JSON files in `benchmarks/results`, a folder for each machine, which `make bench` and
 `python benchmarks/growth.py` measure. Each contestant is a process of its own, and they take turns after every step, so
 that whatever else the machine does slows all alike. Ratios are medians over the rounds, of seconds a real token, with
 quartiles in brackets; rounds of warming up are left out. Peak memory is the most that was resident in the process up to
@@ -193,7 +206,7 @@ UNITS = {
 
 def growth_section(result: Result) -> str:
     """Every sweep with its exponents."""
-    parts = [f"## Growth\n\n{circumstances(result)}\n\n{growth_summary(result)}"]
+    parts = [f"### Growth\n\n{circumstances(result)}\n\n{growth_summary(result)}"]
     for name, one in result["sweeps"].items():
         rows = [
             (row["size"], f"{1000 * row['seconds']:.0f}", f"{row['bytes'] / 1e6:.0f}", f"{row['operations'] / 1e9:.0f}",
@@ -221,24 +234,25 @@ def growth_summary(result: Result) -> str:
     return table(("Against", "Time grows by", "in theory", "Memory grows by", "in theory", "Worse than theory"), rows)
 
 
-def page(results: Mapping[str, Result]) -> str:
+def page(machines: Machines) -> str:
     """docs/speed.md."""
-    sections = [work_section(results[name]) for name in WORKS if name in results]
-    if "growth" in results:
-        sections.append(growth_section(results["growth"]))
-    if not results:
-        sections.append("Nothing is measured yet.\n")
-    return f"{PREFACE}\n## Goals\n\n{goals(results, aims=True)}\n\n" + "\n".join(sections)
+    if not machines:
+        return f"{PREFACE}\nNothing is measured yet.\n"
+    sections = []
+    for machine, results in machines.items():
+        sections += [f"## On {machine}\n", *(work_section(results[name]) for name in WORKS if name in results)]
+        if "growth" in results:
+            sections.append(growth_section(results["growth"]))
+    return f"{PREFACE}\n## Goals\n\n{goals(machines, aims=True)}\n\n" + "\n".join(sections)
 
 
-def readme_part(results: Mapping[str, Result]) -> str:
+def readme_part(machines: Machines) -> str:
     """What stands in the README between the marks, these included."""
-    raced = [results[name] for name in WORKS if name in results]
+    raced = [results[name] for results in machines.values() for name in WORKS if name in results]
     if not raced:
         return f"{BEGIN}\n{END}"
-    processors = " and ".join(sorted({result["machine"]["processor"] for result in raced}))
     quick = f"{QUICK}\n\n" if any(result["quick"] for result in raced) else ""
-    return f"{BEGIN}\n{quick}On {processors}:\n\n{goals(results, aims=False)}\n{END}"
+    return f"{BEGIN}\n{quick}{goals(machines, aims=False)}\n{END}"
 
 
 def in_readme(readme: str, part: str) -> str:

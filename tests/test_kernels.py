@@ -209,6 +209,24 @@ def test_attention_of_texts_in_one_row(sees: tuple[bool, int], dtype: torch.dtyp
 
 
 @needs_kernels
+@pytest.mark.parametrize("bounds", [[0, 4], [0, 4, 9], [1, 8], [0, 5, 3, 8]], ids=str)
+def test_bounds_that_are_none_of_the_row_are_refused(bounds: list[int]) -> None:
+    row = texts(1, 2, 1, 8, 8, 4, dtype=torch.float32)
+    with pytest.raises(ValueError, match="no bounds of texts that fill a row of 8 tokens"):
+        kernels.attention(*row, None, torch.tensor(bounds), kernels.Sees(True), 1.0, 0.0, 0)
+
+
+@needs_kernels
+def test_a_bias_the_same_for_every_token_is_none() -> None:
+    row = texts(1, 2, 1, 8, 8, 4, dtype=torch.float32)
+    found = [
+        kernels.attention(*row, bias, None, kernels.Sees(), 1.0, 0.0, 0)[0]
+        for bias in (None, torch.zeros(1, 1, 1, 1, 1))
+    ]
+    assert torch.equal(*found)
+
+
+@needs_kernels
 @TYPES
 def test_attention_drops_the_same_weights_in_both_directions(dtype: torch.dtype) -> None:
     q, k, v = texts(2, 4, 2, 40, 40, 48, dtype=dtype)

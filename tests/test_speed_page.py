@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import speed_page
+from race.circumstances import machine_folder, machine_name
 
 ROOT = Path(__file__).parent.parent
 WORK = "minilm"
@@ -48,9 +49,8 @@ def test_a_goal_that_was_missed_is_shown_like_one_that_was_met(measure: str, mor
     reached = speed_page.value(one, speed_page.Goal(WORK, "deltatune", "trainer", measure, 1))
     for aim, met in ((0.9 * reached, more), (1.1 * reached, not more)):
         monkeypatch.setattr(speed_page, "GOALS", (speed_page.Goal(WORK, "deltatune", "trainer", measure, aim),))
-        table = speed_page.goals({WORK: one}, aims=True)
-        assert f"{reached:.2f}" in table
-        assert ("**no**" in table) is not met
+        table = speed_page.goals({"A": {WORK: one}, "B": {}}, aims=True)
+        assert f"{reached:.2f} ({'met' if met else '**missed**'}) |  |" in table
 
 
 def test_a_work_is_shown_with_its_circumstances_settings_and_the_checks_that_fail() -> None:
@@ -65,6 +65,17 @@ def test_a_work_is_shown_with_its_circumstances_settings_and_the_checks_that_fai
         assert words in shown
     assert "mean nothing" not in shown
     assert "mean nothing" in speed_page.work_section({**result(deltatune=contestant([1, 1])), "quick": True})
+
+
+def test_machines_are_told_apart_by_processor_and_by_how_they_multiply(monkeypatch) -> None:
+    intel = {"processor": "Intel(R) Xeon(R) Platinum 8480+ CPU @ 2.00GHz", "bf16": ["amx_bf16", "avx512_bf16"]}
+    assert machine_name(intel) == "Intel Xeon Platinum 8480+, AMX"
+    assert machine_folder(intel).name == "intel-xeon-platinum-8480-amx"
+    assert machine_name({"processor": "AMD EPYC", "bf16": []}) == "AMD EPYC, no bf16"
+    monkeypatch.setattr(speed_page, "GOALS", ())
+    one = result(deltatune=contestant([1, 1]))
+    shown = speed_page.page({"A": {WORK: one}, "B": {WORK: one}})
+    assert shown.index("## On A") < shown.index("### A work") < shown.index("## On B")
 
 
 def test_growth_is_shown_beside_its_theory() -> None:

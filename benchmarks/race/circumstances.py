@@ -2,8 +2,10 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets")
 
 
@@ -34,6 +37,19 @@ def circumstances(packages: tuple[str, ...] = PACKAGES) -> dict[str, Any]:
             "libc": " ".join(platform.libc_ver()),
         },
     }
+
+
+def machine_name(machine: Mapping[str, Any]) -> str:
+    """What tells machines apart on a page: their processor, and how it multiplies bf16."""
+    words = re.sub(r"\((R|TM|C)\)|@.*|\b(Processor|CPU)\b", " ", machine["processor"]).split()
+    ways = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512", "bf16": "bf16"}
+    how = next((way for feature, way in ways.items() if feature in machine["bf16"]), "no bf16")
+    return f"{' '.join(words)}, {how}"
+
+
+def machine_folder(machine: Mapping[str, Any]) -> Path:
+    """Where the results of a machine like this one belong."""
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", machine_name(machine).lower()).strip("-")
 
 
 def _command(words: list[str]) -> str:

@@ -312,11 +312,14 @@ class _Job:
         (texts, heads, queries, size), groups, tokens = query.shape, key.shape[1], key.shape[2]
         if bounds is not None:
             bounds = bounds.to(torch.int32)
-            texts, tokens = len(bounds) - 1, int(bounds.diff().max())
+            shortest, longest = bounds.diff().aminmax()
+            if shortest < 0 or bounds[0] != 0 or bounds[-1] != queries or queries != tokens:
+                raise ValueError(f"{bounds.tolist()} are no bounds of texts that fill a row of {queries} tokens")
+            texts, tokens = len(bounds) - 1, int(longest)
         self._places = size, tokens
         strides = [stride for x in (query, key, value) for stride in x.stride()[:3]]
         if bias is not None:
-            bias = bias.contiguous()
+            bias = bias.expand(*bias.shape[:-1], tokens).contiguous()
             strides += bias.expand(texts, groups, heads // groups, queries, tokens).stride()[:4]
         else:
             strides += [0] * 4
@@ -324,11 +327,11 @@ class _Job:
         job = (ctypes.c_int64 * len(numbers))(*numbers)
         self.inputs = query, key, value, bias, bounds, job, scaling, 1 / (1 - dropout) if dropout else 0.0
 
-    def memory(self) -> tuple[Tensor, int]:
-        """Room for every thread, and how many bytes each has."""
+    def memory(self) -> tuple[Tensor, int, int]:
+        """Room for every thread, how many bytes each has, and how many threads there are."""
         size, tokens = (-(-one // _LANES) * _LANES for one in self._places)
-        each = 20 * (size * tokens + _QUERIES * (size + tokens))
-        return torch.empty(torch.get_num_threads(), each, dtype=torch.uint8), each
+        each, threads = 20 * (size * tokens + _QUERIES * (size + tokens)), torch.get_num_threads()
+        return torch.empty(threads, each, dtype=torch.uint8), each, threads
 
 
 def _last_dense(x: Tensor) -> Tensor:

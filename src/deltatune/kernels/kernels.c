@@ -401,9 +401,9 @@ struct task {
     const number *k, *v;
 };
 
-static struct task task_of(const struct job *job, const int32_t *bounds, const number *k, const number *v, size number_)
+static struct task task_of(const struct job *job, const int32_t *bounds, const number *k, const number *v, size index)
 {
-    struct task task = {number_ / job->groups, number_ % job->groups, 0, job->queries, job->tokens};
+    struct task task = {index / job->groups, index % job->groups, 0, job->queries, job->tokens};
     if (bounds) {
         task.begin = bounds[task.text];
         task.queries = task.tokens = bounds[task.text + 1] - bounds[task.text];
@@ -467,18 +467,18 @@ static inline void *take(char **room, size count)
 /* Of each query `tops` has the highest score and 1 / the sum of the others' exponentials below it. Dropout leaves a weight
    with `scale`, which is 0 where there is none. */
 void attention(const number *q, const number *k, const number *v, const number *bias, const int32_t *bounds,
-               const struct job *job, float scaling, float scale, number *y, float *tops, char *memory, size each)
+               const struct job *job, float scaling, float scale, number *y, float *tops, char *memory, size each, size threads)
 {
     size wide = filled(job->tokens), width = filled(job->width);
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
         char *room = memory + omp_get_thread_num() * each;
         unit *keys = take(&room, width * wide), *values = take(&room, wide * width);
         unit *asked = take(&room, QUERIES * width), *weights = take(&room, QUERIES * wide);
         float *scores = take(&room, QUERIES * wide), *sums = take(&room, QUERIES * width);
 #pragma omp for schedule(dynamic)
-        for (size number_ = 0; number_ < job->texts * job->groups; number_++) {
-            struct task task = task_of(job, bounds, k, v, number_);
+        for (size index = 0; index < job->texts * job->groups; index++) {
+            struct task task = task_of(job, bounds, k, v, index);
             size across = filled(task.tokens);
             turned(keys, task.k, job->k[2], task.tokens, job->width);
             down_columns(values, task.v, job->v[2], task.tokens, job->width);
@@ -530,10 +530,10 @@ static void round_rows(const float *from, number *to, size stride, size count, s
 /* With weights w = softmax of the scores s:   ds = w · (dw − Σ w·dw),  and from it dq, dk, dv. */
 void attention_backward(const number *q, const number *k, const number *v, const number *bias, const int32_t *bounds,
                         const struct job *job, float scaling, float scale, const number *dy, const float *tops, number *dq,
-                        number *dk, number *dv, char *memory, size each)
+                        number *dk, number *dv, char *memory, size each, size threads)
 {
     size wide = filled(job->tokens), width = filled(job->width);
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
         char *room = memory + omp_get_thread_num() * each;
         unit *keys = take(&room, width * wide), *values = take(&room, width * wide), *own_keys = take(&room, wide * width);
@@ -544,8 +544,8 @@ void attention_backward(const number *q, const number *k, const number *v, const
         unit *weights_down = take(&room, QUERIES * wide);
         float *to_query = take(&room, QUERIES * width), *to_keys = take(&room, wide * width), *to_values = take(&room, wide * width);
 #pragma omp for schedule(dynamic)
-        for (size number_ = 0; number_ < job->texts * job->groups; number_++) {
-            struct task task = task_of(job, bounds, k, v, number_);
+        for (size index = 0; index < job->texts * job->groups; index++) {
+            struct task task = task_of(job, bounds, k, v, index);
             size across = filled(task.tokens);
             turned(keys, task.k, job->k[2], task.tokens, job->width);
             turned(values, task.v, job->v[2], task.tokens, job->width);
