@@ -30,7 +30,7 @@ from deltatune.training.task import Scores
 
 log = logging.getLogger("deltatune")
 
-_CHUNK = 2**25
+_CHUNK = 2**26
 """Bytes of the float32 logits that exist at once."""
 
 
@@ -69,12 +69,13 @@ class LanguageModelling:
         hidden, targets, _ = self._scored(batch)
         total, gradients = 0.0, []
         for rows, wanted in self._chunks(hidden, targets):
-            leaf = rows.detach().requires_grad_(hidden.requires_grad)
-            logits = self._part_logits(leaf)
+            leaf = self._filled(rows.detach()).requires_grad_(hidden.requires_grad)
+            logits = self._logits(leaf)
             gradient = logits.detach()
-            total += cross_entropy_(gradient, wanted, units)
+            total += cross_entropy_(gradient[: len(rows)], wanted, units)
+            gradient[len(rows) :] = 0
             logits.backward(gradient)  # type: ignore[no-untyped-call]
-            gradients.append(leaf.grad)
+            gradients.append(None if leaf.grad is None else leaf.grad[: len(rows)])
         if hidden.requires_grad:
             hidden.backward(torch.cat([gradient for gradient in gradients if gradient is not None]))  # type: ignore[no-untyped-call]
         return total
@@ -87,7 +88,7 @@ class LanguageModelling:
             for places in by_length(examples.lengths, SCORED_TOKENS):
                 hidden, targets, rows = self._scored(self.collate(examples, places))
                 each = [
-                    F.cross_entropy(self._part_logits(part).float(), wanted, reduction="none")
+                    F.cross_entropy(self._logits(self._filled(part))[: len(part)].float(), wanted, reduction="none")
                     for part, wanted in self._chunks(hidden, targets)
                 ]
                 owners = torch.tensor(places)[rows.cpu()]
@@ -146,9 +147,9 @@ class LanguageModelling:
             logits: Tensor = self.model.get_output_embeddings()(hidden)
         return logits
 
-    def _part_logits(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "rows vocabulary"]:
-        """The logits of some rows, computed with rows of zeros to make a multiple of 32: see `data.batches`."""
-        return self._logits(F.pad(hidden, (0, 0, 0, -len(hidden) % ROWS)))[: len(hidden)] if self._chunked else hidden
+    def _filled(self, hidden: Float[Tensor, "rows width"]) -> Float[Tensor, "more width"]:
+        """With rows of zeros to make a multiple of 32 (see `data.batches`), where logits are to be computed of them."""
+        return F.pad(hidden, (0, 0, 0, -len(hidden) % ROWS)) if self._chunked else hidden
 
     def _chunks(
         self, hidden: Float[Tensor, "scored width"], targets: Int[Tensor, " scored"]
