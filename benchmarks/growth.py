@@ -40,8 +40,8 @@ from deltatune.training.pieces import quicken
 from deltatune.training.precision import prepare, resolve
 from deltatune.training.tasks import task_for
 
-WIDTH, INNER, HEADS, GROUPS, VOCABULARY = 576, 1536, 9, 3, 1024
-SHAPES = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))
+WIDTH, INNER, HEADS, VOCABULARY = 576, 1536, 9, 1024
+SHAPES = (*[(576, 576)] * 4, (1536, 576), (1536, 576), (576, 1536))
 """(out, in) of a block's linear layers: query, key, value, output, gate, up, down."""
 WORSE = 0.15
 
@@ -85,7 +85,7 @@ def kept(point: Point) -> float:
     size = 2 if resolve("auto") == "bf16" else 4
     trained = point.layers * point.rank * sum(o + i for o, i in SHAPES)
     inputs = 3 * WIDTH + INNER  # of attention, its output layer, the feed-forward part and its last layer
-    products = WIDTH + 2 * WIDTH // HEADS * GROUPS + 2 * INNER + len(SHAPES) * point.rank  # q, k, v, gate, up; x·Aᵀ
+    products = WIDTH + 2 * WIDTH + 2 * INNER + len(SHAPES) * point.rank  # q, k, v, gate, up; x·Aᵀ
     weights = 0 if point.length > 256 or _in_one_pass() else HEADS * point.length  # a fused kernel keeps none of them
     # Beside the gradients and both moments in fp32, A and B in the type of the activations.
     return point.tokens * point.layers * (inputs + products + weights) * size + trained * (12 + size)
@@ -126,7 +126,7 @@ def _base(point: Point) -> Base:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=WIDTH, intermediate_size=INNER, num_hidden_layers=point.blocks, num_attention_heads=HEADS,
-        num_key_value_heads=GROUPS, vocab_size=VOCABULARY, tie_word_embeddings=True, pad_token_id=0,
+        vocab_size=VOCABULARY, tie_word_embeddings=True, pad_token_id=0,
         max_position_embeddings=4096,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
