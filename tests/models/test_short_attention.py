@@ -100,7 +100,7 @@ def test_an_architecture_whose_attention_is_another_keeps_its_own(cap: float) ->
 
 def test_long_texts_keep_the_fused_kernel() -> None:
     model = tiny_model("bert")
-    choose_attention(model, 2048)
+    choose_attention(model, 4096)
     assert model.config._attn_implementation == "sdpa"
 
 

@@ -119,8 +119,8 @@ def test_every_fast_piece_is_said_with_its_reason(name: str, fast: set[str]) -> 
 
 
 def test_texts_that_are_too_long_and_an_attention_that_differs_are_told_apart(monkeypatch) -> None:
-    chosen, why = said_of(tiny_model("bert"), "bert", 2048)["attention"]
-    assert (chosen, why) == ("sdpa", f"texts have 2048 tokens, and it is for {most_tokens()} at most")
+    chosen, why = said_of(tiny_model("bert"), "bert", 4096)["attention"]
+    assert (chosen, why) == ("sdpa", f"texts have 4096 tokens, and it is for {most_tokens()} at most")
     monkeypatch.setattr("deltatune.training.attention.alike", lambda *_: False)
     chosen, why = said_of(tiny_model("bert"), "bert")["attention"]
     assert chosen == "eager"

@@ -9,7 +9,7 @@ from deltatune.models.fingerprint import is_outline
 from deltatune.training.modes import evaluating
 from deltatune.training.precision import alike
 
-_SHORT, _LONG = 256, 1024
+_SHORT, _LONG = 256, 2048
 
 
 def most_tokens() -> int:
