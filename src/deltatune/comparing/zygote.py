@@ -43,4 +43,7 @@ def _run(folder: Path, force: bool) -> NoReturn:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]), force="--force" in sys.argv[2:])
+    try:
+        serve(Path(sys.argv[1]), force="--force" in sys.argv[2:])
+    except BrokenPipeError:  # who started it was killed, and a flush at the end would fail again
+        os._exit(1)
