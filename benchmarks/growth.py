@@ -86,13 +86,9 @@ def kept(point: Point) -> float:
     trained = point.layers * point.rank * sum(o + i for o, i in SHAPES)
     inputs = 3 * WIDTH + INNER  # of attention, its output layer, the feed-forward part and its last layer
     products = WIDTH + 2 * WIDTH + 2 * INNER + len(SHAPES) * point.rank  # q, k, v, gate, up; x·Aᵀ
-    weights = 0 if point.length > 256 or _in_one_pass() else HEADS * point.length  # a fused kernel keeps none of them
+    weights = 0 if point.length > 256 or kernels.wide() else HEADS * point.length  # a fused kernel keeps none of them
     # Beside the gradients and both moments in fp32, A and B in the type of the activations.
     return point.tokens * point.layers * (inputs + products + weights) * size + trained * (12 + size)
-
-
-def _in_one_pass() -> bool:
-    return kernels.attends(torch.empty(0, dtype=torch.bfloat16, device="meta"))
 
 
 def measure(point: Point, steps: int) -> dict[str, float]:

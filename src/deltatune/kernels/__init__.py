@@ -30,9 +30,12 @@ def ready(*tensors: Tensor) -> bool:
 
 def attends(*tensors: Tensor) -> bool:
     """Whether `attention` takes these and is worth it: with narrower registers its tiles do not fit into them."""
-    if not ready(*tensors):
-        return False
-    made = library(_BITS[tensors[0].dtype])
+    return ready(*tensors) and wide()
+
+
+def wide() -> bool:
+    """Whether the loops are here, and made for a processor with wide registers."""
+    made = library(16)
     return not isinstance(made, str) and bool(ctypes.c_int32.in_dll(made, "wide_registers").value)
 
 

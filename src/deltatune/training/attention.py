@@ -18,8 +18,7 @@ def most_tokens() -> int:
     The fused kernel uses matrix units where a processor has them; the compiled loop does not, and was not held against
     it there on long texts.
     """
-    loop = kernels.attends(torch.empty(0, dtype=torch.bfloat16, device="meta"))
-    return _LONG if loop and not torch.cpu.get_capabilities().get("amx_bf16") else _SHORT
+    return _LONG if kernels.wide() and not torch.cpu.get_capabilities().get("amx_bf16") else _SHORT
 
 
 def choose_attention(model: PreTrainedModel, longest: int) -> None:
@@ -36,7 +35,7 @@ def choose_attention(model: PreTrainedModel, longest: int) -> None:
     expected = _outputs(model)
     model.set_attn_implementation(short_attention.NAME)
     try:
-        same = alike(_outputs(model), expected, "bf16" if expected.dtype == torch.bfloat16 else "fp32")
+        same = alike(_outputs(model), expected, "fp32" if expected.dtype == torch.float32 else "bf16")
     except NotImplementedError:
         same = False
     if not same:

@@ -36,11 +36,10 @@ def examine_machine(device: torch.device | str = "cpu") -> list[Finding]:
         Finding("precision", precision, hardware if precision == "bf16" else "it has no products in bf16"),
     ]
     if device.type == "cpu":
-        loop = kernels.attends(torch.empty(0, dtype=torch.bfloat16))
         findings += [
             Finding(
                 "attention",
-                f"{'a compiled loop' if loop else 'plain products'} up to {most_tokens()} tokens, PyTorch's beyond",
+                f"{'compiled' if kernels.wide() else 'plain products'} up to {most_tokens()} tokens, PyTorch's beyond",
                 "PyTorch's is slower on short texts (benchmarks/step.py)",
             ),
             Finding("dropout", "from random bits", "PyTorch's draws a float for each element"),

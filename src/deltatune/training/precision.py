@@ -73,4 +73,4 @@ def alike(found: Float[Tensor, "*tokens width"], expected: Float[Tensor, "*token
     return bool((apart <= _ROUNDING[precision] * expected.norm(dim=-1)).all())
 
 
-_ROUNDING: dict[Computed, float] = {"fp32": 1e-3, "bf16": 0.1}
+_ROUNDING: dict[Computed, float] = {"fp32": 1e-4, "bf16": 0.1}
