@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from deltatune import kernels
 from deltatune.dropout import dropout
-from deltatune.kernels import build
+from deltatune.kernels import build, loops
 from deltatune.kernels.build import library
 from deltatune.models.gates import gated_silu, replace_gates
 from deltatune.models.norms import replace_norms
@@ -84,11 +84,43 @@ def test_low_rank_updates(tokens: int, width: int, out: int, rank: int, biased: 
     exact, *gradients = formula(
         lambda x, A, B: 0.25 * (x @ A.T) @ B.T + (0 if bias is None else bias.double()), dy, x, A, B
     )
-    y, h, scaled = kernels.low_rank(x, A, B, bias, 0.25)
-    near(y, exact)
-    dx, dA, dB = kernels.low_rank_backward(x, h, dy, A, scaled, 0.25)
+    h, factor = kernels.low_rank(x, A, B, 0.25)
+    near(kernels.low_rank_output(h, factor, bias, dtype), exact)
+    dh, dA, dB = kernels.low_rank_backward(x, h, dy, factor, 0.25)
+    dx = kernels.low_rank_output(dh, A, None, dtype)
     for found, wanted in zip((dx, dA, dB.T), gradients, strict=True):
         near(found, wanted)
+
+
+needs_products = pytest.mark.skipif(not kernels.multiplies_pairs(), reason="no processor for products of our own")
+
+
+@needs_products
+@pytest.mark.parametrize("updated", [False, True], ids=["", "updated"])
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
+@pytest.mark.parametrize("sizes", [(7, 32, 32), (23, 96, 224), (103, 64, 1568), (300, 4096, 288)], ids=str)
+def test_products(sizes: tuple[int, int, int], turned: bool, updated: bool) -> None:
+    tokens, width, out = sizes
+    x, weight = (numbers(*shape, dtype=torch.bfloat16) for shape in ((tokens, width), (out, width)))
+    weight, bias = weight.T.contiguous().T if turned else weight, numbers(out, dtype=torch.bfloat16, seed=1)
+    h, factor = numbers(tokens, 8, dtype=torch.float32, seed=2), numbers(5, out, dtype=torch.float32, seed=3)
+    assert kernels.multiplies(x, weight)
+    exact = x.double() @ weight.double().T + bias.double() + (h[:, :5].double() @ factor.double() if updated else 0)
+    found = kernels.product(x, weight, bias, (h, factor) if updated else None)
+    near(found, exact, 0.5)  # rounded once
+    few = kernels.product(x[3:5], weight, bias, (h[3:5], factor) if updated else None)
+    assert torch.equal(few, found[3:5]), "a row is the same whatever stands beside it"
+
+
+@needs_products
+def test_products_that_are_not_ours_stay_with_pytorch() -> None:
+    x, weight = (numbers(32, 64, dtype=torch.bfloat16) for _ in range(2))
+    assert kernels.multiplies(x, weight)
+    assert kernels.multiplies(x.to("meta"), weight.to("meta"))
+    assert not kernels.multiplies(x[:, :48], weight[:, :48])  # half a register
+    assert not kernels.multiplies(x.float(), weight.float())
+    assert not kernels.multiplies(x.float(), weight)
+    assert not kernels.multiplies(x, weight[::2])
 
 
 @needs_kernels
@@ -97,8 +129,8 @@ def test_low_rank_updates_give_the_same_bits_again() -> None:
     A, B = numbers(8, 70, dtype=torch.float32), numbers(50, 8, dtype=torch.float32, seed=1)
 
     def once() -> tuple[Tensor, ...]:
-        y, h, scaled = kernels.low_rank(x, A, B, None, 1.0)
-        return y, *kernels.low_rank_backward(x, h, dy, A, scaled, 1.0)
+        h, factor = kernels.low_rank(x, A, B, 1.0)
+        return h, *kernels.low_rank_backward(x, h, dy, factor, 1.0)
 
     for one, other in zip(once(), once(), strict=True):
         assert torch.equal(one, other)
@@ -330,7 +362,7 @@ def everything(dtype: torch.dtype) -> list[Tensor]:
     weight, factors = numbers(37, dtype=dtype, seed=3), numbers(37, dtype=torch.float32, seed=4)
     A, B = numbers(3, 37, dtype=torch.float32), numbers(37, 3, dtype=torch.float32)
     y, scales = kernels.rms_norm(x, weight, 1e-5)
-    updated, h, scaled = kernels.low_rank(x, A, B, weight, 0.5)
+    h, factor = kernels.low_rank(x, A, B, 0.5)
     logits, tokens = x.clone(), [one.view(1, 1, 13, 37) / 10 for one in (x, dy, up)]
     losses = kernels.cross_entropy_(logits, torch.arange(13), 13)
     how = torch.zeros(1, 1, 1, 13, 13, dtype=dtype), None, kernels.Sees(), 1.0, 0.3, 7
@@ -340,7 +372,7 @@ def everything(dtype: torch.dtype) -> list[Tensor]:
         y, kernels.rms_norm_backward(x, weight, scales, dy),
         kernels.gated_silu(x, up), *kernels.gated_silu_backward(x, up, dy),
         kernels.rotate(x[:, :36].reshape(13, 2, 18), x[:, :18], up[:, :18], False), attended, *passed,
-        updated, *kernels.low_rank_backward(x, h, dy, A, scaled, 0.5),
+        kernels.low_rank_output(h, factor, weight, dtype), *kernels.low_rank_backward(x, h, dy, factor, 0.5)[1:],
         kernels.scale_columns(x, factors, factors), *kernels.scale_columns_backward(x, factors, dy),
         logits, losses, kernels.drop(x, 0.3, 7),
         *(decode(encode(x, storage), storage, x.new_empty(x.numel())) for storage in map(parse_storage, FORMATS[:5])),
@@ -355,7 +387,7 @@ def test_a_processor_without_wide_registers_gives_the_same(dtype: torch.dtype, m
     flags = tuple(flag.replace("native", "x86-64") for flag in build._FLAGS)
     assert flags != build._FLAGS
     monkeypatch.setattr(build, "_FLAGS", flags)
-    monkeypatch.setattr(kernels, "library", cache(library.__wrapped__))
+    monkeypatch.setattr(loops, "library", cache(library.__wrapped__))
     for ours, wider in zip(everything(dtype), here, strict=True):
         near(ours, wider.double())
 

@@ -117,7 +117,7 @@ def test_a_requantised_model_is_a_base_that_does_what_was_measured(qlora, requan
 
 def test_fewer_bits_lose_more(qlora, requantised, tmp_path):
     done = deltatune("merge", qlora, "--out", tmp_path / "model", "--storage", "int8", "--json")
-    assert json.loads(done.out)["mean_difference"] < json.loads(requantised[1].out)["mean_difference"] / 3
+    assert json.loads(done.out)["mean_difference"] < json.loads(requantised[1].out)["mean_difference"] / 2
 
 
 def test_the_loss_of_accuracy_is_shown_and_a_tolerance_holds_for_it_too(qlora, tmp_path):

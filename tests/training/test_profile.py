@@ -37,11 +37,13 @@ def made(*pieces: str) -> tuple[str, ...]:
 
 
 def test_the_pieces_that_a_step_has_are_named() -> None:
-    assert profiled("bert", rank=2).pieces == ("attention", "dropout", "pooled")
+    products = ("products",) if kernels.multiplies_pairs() else ()
+    assert profiled("bert", rank=2).pieces == ("attention", "dropout", "pooled", *products)
     assert profiled("llama", rank=2, writes=True).pieces == (
         "attention",
         *made("gates", "norms"),
         "packing",
+        *products,
         *made("rotations"),
     )
 

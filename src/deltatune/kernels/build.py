@@ -1,4 +1,4 @@
-"""The loops of kernels.c as a library: compiled once on each machine, by its own compiler, and kept in the cache."""
+"""The loops of the C files here as a library: compiled once on each machine by its own compiler, kept in the cache."""
 
 import ctypes
 import hashlib
@@ -14,13 +14,13 @@ from deltatune.packages import cache_root
 
 log = logging.getLogger("deltatune")
 
-_SOURCE = Path(__file__).with_name("kernels.c")
+_SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared")
 
 
 @cache
 def library(bits: int) -> ctypes.CDLL | str:
-    """The functions of kernels.c for numbers of 16 or 32 bits; or why there are none.
+    """The functions for numbers of 16 or 32 bits; or why there are none.
 
     Needs GCC or Clang with OpenMP; $CC names another than `cc`. PyTorch's OpenMP is loaded already, so its threads are
     the ones that are used.
@@ -29,7 +29,8 @@ def library(bits: int) -> ctypes.CDLL | str:
     if compiler is None:
         return "there is no C compiler here: install gcc"
     told = (*_FLAGS, f"-DBITS={bits}")
-    digest = hashlib.sha256(repr((_SOURCE.read_bytes(), told, compiler, _processor())).encode()).hexdigest()
+    made_of = [file.read_bytes() for file in _SOURCES], told, compiler, _processor()
+    digest = hashlib.sha256(repr(made_of).encode()).hexdigest()
     file = cache_root() / "kernels" / f"{digest[:24]}.so"
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -50,9 +51,9 @@ def library(bits: int) -> ctypes.CDLL | str:
 def _compile(compiler: str, flags: tuple[str, ...], file: Path) -> None:
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         made = Path(folder) / file.name
-        subprocess.run(
-            [compiler, *flags, "-o", str(made), str(_SOURCE), "-lm"], check=True, capture_output=True, text=True
-        )
+        sources = [str(source) for source in _SOURCES if source.suffix == ".c"]
+        command = [compiler, *flags, "-o", str(made), *sources, "-lm"]
+        subprocess.run(command, check=True, capture_output=True, text=True)
         made.replace(file)
 
 

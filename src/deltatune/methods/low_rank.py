@@ -5,7 +5,7 @@ Hu et al. 2021, arXiv 2106.09685, equation 3. z is x, or what dropout left of it
     dx = dy·W (+ dh·A)      dz = dh·A      dA = dhᵀ·z      dB = s·dyᵀ·h      db = Σ dy
 
 A product of so few columns keeps no matrix unit busy: what it costs is starting it and reading its inputs. So for small
-ranks `kernels` has what a pass needs beside the frozen product in one operator, which reads the inputs once or twice.
+ranks `kernels` has loops for them, which read the inputs once or twice, and the frozen product ends with h·Bᵀ, or dh·A.
 """
 
 from typing import Any
@@ -92,17 +92,17 @@ class _Compiled(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         branch = x if z is None else z
-        y, h, scaled = kernels.low_rank(branch, A, B, None if bias is None else bias.to(x.dtype), scale)
-        ctx.save_for_backward(branch, A, h, scaled)
+        h, factor = kernels.low_rank(branch, A, B, scale)
+        ctx.save_for_backward(branch, A, h, factor)
         ctx.weight, ctx.dropped, ctx.scale = weight, z is not None, scale
-        return weight.matmul(x, onto=y)
+        return weight.matmul(x, bias, (h, factor))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        branch, A, h, scaled = ctx.saved_tensors
+        branch, A, h, factor = ctx.saved_tensors
         wants_x, wants_z, _, wants_bias, *_ = ctx.needs_input_grad
-        through, dA, dB = kernels.low_rank_backward(branch, h, dy, A, scaled, ctx.scale)
-        dx = ctx.weight.matmul_transposed(dy, None if ctx.dropped else through) if wants_x else None
-        dz = through if wants_z else None
+        dh, dA, dB = kernels.low_rank_backward(branch, h, dy, factor, ctx.scale)
+        dx = ctx.weight.matmul_transposed(dy, None if ctx.dropped else (dh, A)) if wants_x else None
+        dz = kernels.low_rank_output(dh, A, None, dy.dtype) if wants_z else None
         bias = dy.sum(0) if wants_bias else None
         return dx, dz, None, bias, dA, dB.T, None

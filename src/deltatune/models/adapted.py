@@ -49,7 +49,8 @@ class Adapted(nn.Module):
     @property
     def delta(self) -> nn.Module | None:
         """The active delta; None where the layer is as the base has it."""
-        return self.deltas[self.active] if self.active is not None and self.active in self.deltas else None
+        deltas, active = self.deltas, self.active
+        return deltas[active] if active is not None and active in deltas else None
 
     @property
     def frozen(self) -> FrozenWeight:
@@ -64,8 +65,7 @@ class Adapted(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         """The bias that the output has: the active delta's where it trains one, else the base's."""
-        own = getattr(self.delta, "bias", None)
-        return own if isinstance(own, nn.Parameter) else cast(Tensor | None, getattr(self.base, "bias", None))
+        return self._bias_with(self.delta)
 
     @property
     def merged_bias(self) -> Tensor | None:
@@ -111,9 +111,14 @@ class Adapted(nn.Module):
                     cast(Tensor, self.base.bias).copy_(bias)
         self._before_merge = None
 
+    def _bias_with(self, delta: nn.Module | None) -> Tensor | None:
+        own = getattr(delta, "bias", None)
+        return own if isinstance(own, nn.Parameter) else cast(Tensor | None, getattr(self.base, "bias", None))
+
     @property
-    def _plain(self) -> bool:
-        return self.merged or self.delta is None
+    def _over(self) -> Any:
+        """The delta that stands between the base's weight and the output now: a `Delta` or an `Insert`."""
+        return None if self.merged else self.delta
 
     def extra_repr(self) -> str:
         """The states that change the output, when they are not the usual ones."""
@@ -135,13 +140,14 @@ class AdaptedLinear(Adapted):
         if self.active in self.shows:
             self.shows[self.active].beside = x
         output: Tensor
-        if self._plain:
+        over = self._over
+        if over is None:
             output = self.base(x)
             return output
-        beside, self.beside = self.beside, None
-        shown = () if beside is None else (_flat(beside),)
-        over: Any = self.delta  # a `Delta` or an `Insert`
-        output = over(_flat(x), self.frozen, self.bias, *shown)
+        shown: tuple[Tensor, ...] = ()
+        if self.beside is not None:
+            shown, self.beside = (_flat(self.beside),), None
+        output = over(_flat(x), self.frozen, self._bias_with(over), *shown)
         return output.view(*x.shape[:-1], -1)
 
     @property
@@ -168,7 +174,8 @@ class AdaptedEmbedding(Adapted):
     def forward(self, ids: Tensor) -> Tensor:
         """Ids (…) → vectors (…, width)."""
         vectors: Tensor = self.base(ids)
-        return vectors if self._plain else cast(EmbeddingDelta, self.delta)(ids, vectors, self.frozen)
+        over = self._over
+        return vectors if over is None else cast(EmbeddingDelta, over)(ids, vectors, self.frozen)
 
     @property
     def num_embeddings(self) -> int:

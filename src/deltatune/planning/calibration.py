@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
+from deltatune import kernels
 from deltatune.data.batches import Batch
 from deltatune.errors import UserError
 from deltatune.files import read_json, write_json
@@ -35,6 +36,7 @@ from deltatune.models.count import count_on
 from deltatune.packages import cache_root
 from deltatune.planning.machine import Machine, Overhead, from_json
 from deltatune.planning.rehearsal import BatchShape, rehearse
+from deltatune.planning.work import OWN_PRODUCT
 from deltatune.training.classification import Classification
 from deltatune.training.memory import peak, resident
 from deltatune.training.pieces import quicken
@@ -53,7 +55,7 @@ _TURNS = 64
 """The most tensors that are measured in turn."""
 _CACHES = 2**25
 """Bytes of them that are more than a core's own caches hold."""
-_FORM = 4
+_FORM = 5
 _GLIBC: dict[str, Any] = {"slack": 1.4, "most_slack": 96 * 2**20, "heap": 40 * 2**20}
 """Of glibc's heap on a CPU, fitted once to runs of the embedded bases (docs/log.md); no machine measures them."""
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -98,7 +100,7 @@ def _measured() -> Machine:
         kernel=grown,
         making=longer,
         **_GLIBC,
-        products={kind: _products(_TYPES[kind]) for kind in kinds},
+        products={kind: _products(_TYPES[kind]) for kind in kinds} | _own_products(),
         moves={f"{name} {kind}": points for kind in kinds for name, points in _moves(_TYPES[kind]).items()},
     )
     return _with_real_steps(machine)
@@ -219,6 +221,16 @@ def _products(dtype: torch.dtype) -> list[tuple[tuple[float, ...], float]]:
                         a, b = a[0], b[0]
                     found.append(((batch, m, k, n), _took(partial(torch.matmul, a, b))))
     return found
+
+
+def _own_products() -> dict[str, list[tuple[tuple[float, ...], float]]]:
+    """Those of `kernels`, where this processor has them."""
+    found: list[tuple[tuple[float, ...], float]] = []
+    for tokens, width, out in product((64, 512, 2048), (64, 512, 2048), (64, 512, 2048)):
+        x, weight = torch.randn(tokens, width).bfloat16(), torch.randn(out, width).bfloat16()
+        if 2 * tokens * width * out <= _MOST and kernels.multiplies(x, weight):
+            found.append(((1, tokens, width, out), _took(partial(kernels.product, x, weight))))
+    return {f"{OWN_PRODUCT} bfloat16": found} if found else {}
 
 
 def _moves(dtype: torch.dtype) -> dict[str, list[tuple[float, float]]]:
@@ -351,12 +363,14 @@ def checks(machine: Machine) -> list[tuple[str, str]]:
         kind: max(2 * math.prod(shape) / took for shape, took in measured)
         for kind, measured in machine.products.items()
     }
-    moved = {kind: max(size / took for size, took in machine.moves[f"clone {kind}"]) for kind in machine.products}
+    own = largest.pop(f"{OWN_PRODUCT} bfloat16", None)
+    moved = {kind: max(size / took for size, took in machine.moves[f"clone {kind}"]) for kind in largest}
     return [
         ("machine", machine.name),
         ("memory", f"{machine.memory / 2**30:.1f} GiB"),
         ("precision", machine.precision),
         *((f"products in {kind}", f"{rate / 1e9:,.0f} GFLOP/s") for kind, rate in largest.items()),
+        *([] if own is None else [("products of our own", f"{own / 1e9:,.0f} GFLOP/s")]),
         *((f"copies in {kind}", f"{rate / 1e9:,.1f} GB/s") for kind, rate in moved.items()),
         ("starting an operation", f"{1e6 * machine.call:.1f} µs"),
         (

@@ -66,7 +66,7 @@ class Machine:
     making: float = 0.0
     """Seconds that making it takes."""
     products: Mapping[str, Sequence[tuple[tuple[float, ...], float]]] = field(default_factory=dict)
-    """Type → measured products: (batch, m, k, n) and seconds."""
+    """Type, or `operation type`, → measured products: (batch, m, k, n) and seconds."""
     moves: Mapping[str, Points] = field(default_factory=dict)
     """`operation type` → measured: bytes read and written, and seconds."""
     peaks: Mapping[str, float] = field(default_factory=dict)
@@ -96,20 +96,9 @@ class Machine:
             peak = self.peaks.get(kind) or self.peaks["float32"]
             return max(moved, 2 * math.prod(work.shape) / (_OF_PEAK * peak))
         if work.name in PRODUCTS:
-            return 2 * math.prod(work.shape) / self._rate(kind, work.shape)
+            measured = self.products.get(f"{work.name} {kind}") or self.products.get(kind) or self.products["float32"]
+            return 2 * math.prod(work.shape) / _rate(measured, work.shape)
         return self._move(work.name, kind, work.nbytes)
-
-    def _rate(self, kind: str, shape: tuple[int, ...]) -> float:
-        """Operations a second of a product: that of the measured ones, the nearer the more it counts."""
-        measured = self.products.get(kind) or self.products["float32"]
-        place = [math.log(max(1, size)) for size in shape]
-        total = weights = 0.0
-        for other, took in measured:
-            apart = sum((a - math.log(b)) ** 2 for a, b in zip(place, other, strict=True))
-            weight = 1 / (apart + 0.05) ** 2
-            total += weight * math.log(2 * math.prod(other) / took)
-            weights += weight
-        return math.exp(total / weights)
 
     def _move(self, name: str, kind: str, size: float) -> float:
         name = name.rstrip("_") if f"{name} {kind}" not in self.moves else name
@@ -121,6 +110,18 @@ class Machine:
     def as_json(self) -> dict[str, Any]:
         """Plain data that `read` takes again."""
         return asdict(self)
+
+
+def _rate(measured: Sequence[tuple[tuple[float, ...], float]], shape: tuple[int, ...]) -> float:
+    """Operations a second of a product: that of the measured ones, the nearer the more it counts."""
+    place = [math.log(max(1, size)) for size in shape]
+    total = weights = 0.0
+    for other, took in measured:
+        apart = sum((a - math.log(b)) ** 2 for a, b in zip(place, other, strict=True))
+        weight = 1 / (apart + 0.05) ** 2
+        total += weight * math.log(2 * math.prod(other) / took)
+        weights += weight
+    return math.exp(total / weights)
 
 
 def _between(points: Points, size: float) -> float:

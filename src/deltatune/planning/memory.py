@@ -11,7 +11,7 @@ import torch
 
 from deltatune.planning.machine import Machine
 from deltatune.planning.rehearsal import Rehearsed
-from deltatune.planning.work import PRODUCTS, Traced
+from deltatune.planning.work import OWN_PRODUCT, PRODUCTS, Traced
 from deltatune.training.settings import Training
 
 _SMALL = 4096
@@ -89,8 +89,9 @@ class Memory:
 
 
 def kernels(traced: Traced) -> int:
-    """How many are made for a batch: one for each shape of a product; for fp32 oneDNN makes none."""
-    return len({work.shape for work in traced.work if work.name in PRODUCTS and work.dtype != torch.float32})
+    """How many are made for a batch: one for each shape of a product of oneDNN's, which makes none for fp32."""
+    made = (work for work in traced.work if work.name in PRODUCTS and work.name != OWN_PRODUCT)
+    return len({work.shape for work in made if work.dtype != torch.float32})
 
 
 def memory_of(

@@ -44,6 +44,8 @@ class Traced:
         return sum(count * 2 * math.prod(work.shape) for work, count in self.work.items() if work.name in PRODUCTS)
 
 
+OWN_PRODUCT = "deltatune::product"
+"""That of `kernels`, with frozen weights; what is added to it counts by its bytes alone."""
 PRODUCTS: Mapping[str, Callable[..., tuple[int, ...]]] = {
     "mm": lambda a, b, *_: (1, a.shape[0], a.shape[1], b.shape[1]),
     "addmm": lambda c, a, b, *_: (1, a.shape[0], a.shape[1], b.shape[1]),
@@ -51,6 +53,7 @@ PRODUCTS: Mapping[str, Callable[..., tuple[int, ...]]] = {
     "bmm": lambda a, b, *_: (a.shape[0], a.shape[1], a.shape[2], b.shape[2]),
     "baddbmm": lambda c, a, b, *_: (a.shape[0], a.shape[1], a.shape[2], b.shape[2]),
     "mv": lambda a, b, *_: (1, a.shape[0], a.shape[1], 1),
+    OWN_PRODUCT: lambda a, b, *_: (1, a.shape[0], a.shape[1], b.shape[0]),
 }
 """The operations that multiply matrices, with their sizes."""
 _ATTENTION = {"deltatune::attention": 2, "deltatune::attention_backward": 5}

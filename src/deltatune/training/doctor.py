@@ -94,6 +94,7 @@ _TRIED: Mapping[Piece, str] = {
     "norms": "ours give what the architecture's own give, tried out just now",
     "packing": "texts in one row are told apart, tried out just now",
     "pooled": "the last block gives the classifier what it gave, tried out just now",
+    "products": "the loop is faster where pairs of bf16 are multiplied, but no tiles (benchmarks/step.py)",
     "rotations": "it turns the halves of a head, tried out just now",
 }
 
@@ -114,6 +115,8 @@ def _without(piece: Piece, base: Base, length: int) -> str:
         return "the model has none that take the root of a mean square, or ours give something else"
     if piece == "gates":
         return "the model has none, or not of SiLU"
+    if piece == "products":
+        return "PyTorch's are faster on this processor, or the model is not in bf16"
     if piece == "rotations":
         return "the model has none that turn the halves of a head, or does more in the same function"
     if piece == "packing":

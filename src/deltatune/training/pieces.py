@@ -8,10 +8,11 @@
 | norms | RMSNorm in half a dozen passes | where it is frozen, on a CPU |
 | packing | padding | decoders whose attention is told where texts begin |
 | pooled | all tokens in the last block | encoders that classify by the first token |
+| products | PyTorch's products | frozen weights in bf16, on a CPU that multiplies pairs but has no matrix units |
 | rotations | rotary positions in half a dozen passes | where the two halves of a head are turned, on a CPU |
 
-"On a CPU" means for `gates`, `norms` and `rotations`: where the operators of `kernels` are. What each is worth is
-measured by benchmarks/pieces.py.
+"On a CPU" means for `gates`, `norms`, `products` and `rotations`: where the operators of `kernels` are. What each is
+worth is measured by benchmarks/pieces.py.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -23,17 +24,19 @@ from deltatune import kernels
 from deltatune.dropout import replace_dropout
 from deltatune.models.gates import replace_gates
 from deltatune.models.norms import replace_norms
+from deltatune.models.products import replace_products
 from deltatune.models.rotations import replace_rotations
 from deltatune.training.attention import choose_attention
 
-Piece = Literal["attention", "dropout", "gates", "norms", "packing", "pooled", "rotations"]
+Piece = Literal["attention", "dropout", "gates", "norms", "packing", "pooled", "products", "rotations"]
 PIECES: tuple[Piece, ...] = get_args(Piece)
-FOR_A_CPU: tuple[Piece, ...] = ("attention", "dropout", "gates", "norms", "rotations")
+FOR_A_CPU: tuple[Piece, ...] = ("attention", "dropout", "gates", "norms", "products", "rotations")
 """The pieces that a run on another device goes without."""
 
 COMPILED: Mapping[Piece, Callable[[PreTrainedModel], None]] = {
     "gates": replace_gates,
     "norms": replace_norms,
+    "products": replace_products,
     "rotations": replace_rotations,
 }
 """The pieces that need the operators of `kernels`, and what puts each into a model."""

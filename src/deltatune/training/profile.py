@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as profiled
 from transformers import PreTrainedModel
 
+from deltatune import kernels
 from deltatune.data.batches import Batch
 from deltatune.data.sequences import Sequences
 from deltatune.data.tokens import Tokens
@@ -33,6 +35,7 @@ from deltatune.models.base import Base
 from deltatune.models.gates import has_gates
 from deltatune.models.norms import RMSNorm
 from deltatune.models.positions import room_for_text
+from deltatune.models.products import has_products
 from deltatune.models.roles import ALIASES, base_layers, linear_roles
 from deltatune.models.rotations import has_rotations
 from deltatune.training.language import LanguageModelling
@@ -60,7 +63,8 @@ _ADAPTED = "adapted"
 _FORWARD = 0
 """The scope that the profiler gives to operations."""
 _REPEATS = 5
-_PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1}
+_OWN = "deltatune::product"
+_PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1, _OWN: 0}
 """Operations that multiply matrices, with the place of the first of both factors."""
 Product = tuple[int, int, int]
 """Rows, inner features and columns of a product of two matrices."""
@@ -141,6 +145,7 @@ def pieces_of(model: PreTrainedModel, task: Task, batch: Batch, reads_one: bool)
         "norms": any(isinstance(module, RMSNorm) for module in model.modules()),
         "packing": isinstance(task, LanguageModelling) and task.packs(batch),
         "pooled": reads_one,
+        "products": has_products(model),
         "rotations": has_rotations(model),
     }
     return tuple(piece for piece in PIECES if runs[piece])
@@ -247,6 +252,7 @@ def _product(event: Any, sides: list[tuple[int, int]], tokens: int) -> Product |
         return None
     place = _PRODUCTS[event.name]
     left, right = (tuple(shape) for shape in event.input_shapes[place : place + 2])
+    right = right[::-1] if event.name == _OWN else right  # it is given a weight
     product = (*left, right[1])
     thin = min(product) < min(map(min, sides))
     for factor in (left, right):
@@ -299,9 +305,12 @@ def _product_seconds(product: Product, dtype: torch.dtype, device: torch.device)
     left = torch.randn(rows, inner, device=device).to(dtype)
     right = torch.randn(columns, inner, device=device).to(dtype).T
     out = torch.empty(rows, columns, dtype=dtype, device=device)
+    multiply = partial(torch.mm, left, right, out=out)
+    if kernels.multiplies(left, right.T):
+        multiply = partial(kernels.product, left, right.T)
     times = []
     for _ in range(_REPEATS + 1):
         began = time.perf_counter()
-        torch.mm(left, right, out=out)
+        multiply()
         times.append(time.perf_counter() - began)
     return statistics.median(times[1:])

@@ -3,7 +3,6 @@
 from collections.abc import Hashable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -15,14 +14,14 @@ class DenseWeight(FrozenWeight):
     """The weight of an `nn.Linear`, or (`transposed`) of a `Conv1D` or `nn.Embedding`, read at each use."""
 
     def __init__(self, module: nn.Module, transposed: bool) -> None:
-        self._module = module
+        super().__init__(module)
         self._transposed = transposed
 
     @property
     def _stored(self) -> Tensor:
         weight = self._module.weight
         assert isinstance(weight, Tensor)
-        return weight.detach()
+        return weight.detach() if weight.requires_grad else weight
 
     @property
     def out(self) -> int:
@@ -48,23 +47,9 @@ class DenseWeight(FrozenWeight):
         # A weak reference: the memory can be freed, but no other storage is then taken for this one.
         return StorageWeakRef(stored.untyped_storage()), stored._version  # type: ignore[no-untyped-call]
 
-    def matmul(
-        self,
-        x: Float[Tensor, "tokens in"],
-        bias: Float[Tensor, " out"] | None = None,
-        onto: Float[Tensor, "tokens out"] | None = None,
-    ) -> Float[Tensor, "tokens out"]:
-        """x·Wᵀ + bias, in the type of x; or `onto` with x·Wᵀ added in its place."""
-        if onto is not None:
-            return onto.addmm_(x, self.dense().to(x.dtype).T)
-        return F.linear(x, self.dense().to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-    def matmul_transposed(
-        self, g: Float[Tensor, "tokens out"], onto: Float[Tensor, "tokens in"] | None = None
-    ) -> Float[Tensor, "tokens in"]:
-        """g·W, in the type of g; or `onto` with it added in its place."""
-        weight = self.dense().to(g.dtype)
-        return g @ weight if onto is None else onto.addmm_(g, weight)
+    def read(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """W in that type."""
+        return self.dense().to(dtype)
 
     def dense(self) -> Float[Tensor, "out in"]:
         """W as a view of the stored tensor; writing to it writes to the base."""

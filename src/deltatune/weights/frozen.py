@@ -5,13 +5,32 @@ y = x·Wᵀ + b      W is (out, in), x is (tokens, in), y is (tokens, out)
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+
+from deltatune import kernels
+
+Update = tuple[Tensor, Tensor]
+"""h and F of a low-rank update h·F in fp32, as `kernels.low_rank` makes them."""
+
+
+QUICK = "quick_products"
+"""The attribute that a module has where its products are to be our own (`models.products`)."""
 
 
 class FrozenWeight(ABC):
-    """A linear weight W (out, in) that gets no gradient; products are computed in the type of their input."""
+    """A linear weight W (out, in) that gets no gradient; products are computed in the type of their input.
+
+    They are PyTorch's, or where the module has the mark `QUICK` those of `kernels` that take the tensors.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module: Any = module
+        self._quick = QUICK in vars(module)
 
     @property
     @abstractmethod
@@ -33,20 +52,34 @@ class FrozenWeight(ABC):
     def version(self) -> Hashable:
         """Another one whenever the stored values may have changed: what was computed from them is good until then."""
 
-    @abstractmethod
     def matmul(
+        self, x: Float[Tensor, "tokens in"], bias: Float[Tensor, " out"] | None = None, update: Update | None = None
+    ) -> Float[Tensor, "tokens out"]:
+        """x·Wᵀ + h·F + bias: the forward product. `update`, if there is one, is h (tokens, rank) and F (rank, out)."""
+        return self._product(x, self.read(x.dtype), None if bias is None else bias.to(x.dtype), update)
+
+    def matmul_transposed(
+        self, g: Float[Tensor, "tokens out"], update: Update | None = None
+    ) -> Float[Tensor, "tokens in"]:
+        """g·W + h·F: the product that carries a gradient back to the input. F is (rank, in) here."""
+        return self._product(g, self.read(g.dtype).T, None, update)
+
+    def _product(
         self,
         x: Float[Tensor, "tokens in"],
-        bias: Float[Tensor, " out"] | None = None,
-        onto: Float[Tensor, "tokens out"] | None = None,
+        weight: Float[Tensor, "out in"],
+        bias: Float[Tensor, " out"] | None,
+        update: Update | None,
     ) -> Float[Tensor, "tokens out"]:
-        """x·Wᵀ + bias: the forward product. Or `onto`, of the type of x, with x·Wᵀ alone added in its place."""
+        if self._quick and kernels.multiplies(x, weight):
+            return kernels.product(x, weight, bias, update)
+        if update is None:
+            return x @ weight.T if bias is None else F.linear(x, weight, bias)
+        return kernels.low_rank_output(*update, bias, x.dtype).addmm_(x, weight.T)
 
     @abstractmethod
-    def matmul_transposed(
-        self, g: Float[Tensor, "tokens out"], onto: Float[Tensor, "tokens in"] | None = None
-    ) -> Float[Tensor, "tokens in"]:
-        """g·W: the product that carries a gradient back to the input. Or `onto` with it added in its place."""
+    def read(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """W in that type for one product: the next one that is read can lie in the same memory."""
 
     @abstractmethod
     def dense(self) -> Float[Tensor, "out in"]:
@@ -59,3 +92,31 @@ class FrozenWeight(ABC):
     @abstractmethod
     def write(self, weight: Float[Tensor, "out in"]) -> None:
         """Replaces the stored values by `weight`, rounded to the storage."""
+
+
+def linear(
+    x: Float[Tensor, "*shape in"], weight: FrozenWeight, bias: Float[Tensor, " out"] | None
+) -> Float[Tensor, "*shape out"]:
+    """x·Wᵀ + b. Under autocast, in its type."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
+    if not torch.is_grad_enabled():
+        return weight.matmul(flat, bias).view(*x.shape[:-1], -1)
+    y: Tensor = _Linear.apply(flat, bias, weight)  # type: ignore[no-untyped-call]
+    return y.view(*x.shape[:-1], -1)
+
+
+class _Linear(torch.autograd.Function):
+    """y = x·Wᵀ + b.   Backward:   dx = dy·W,  db = Σ dy.   Nothing is kept but the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: FrozenWeight) -> Tensor:
+        ctx.weight = weight
+        return weight.matmul(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        wants_x, wants_bias, _ = ctx.needs_input_grad
+        dx = ctx.weight.matmul_transposed(dy) if wants_x else None
+        return dx, dy.sum(0) if wants_bias else None, None

@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.pytorch_utils import Conv1D
 
 from deltatune.weights.codec import Packed, aligned, decode, encode
-from deltatune.weights.frozen import FrozenWeight
+from deltatune.weights.frozen import FrozenWeight, linear
 from deltatune.weights.storage import DENSE, Storage
 
 _ROWS = 1 << 20
@@ -111,11 +110,7 @@ class QuantisedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) → (…, out). Under autocast, in its type."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        y: Tensor = _Product.apply(flat, self.bias, QuantisedWeight(self))  # type: ignore[no-untyped-call]
-        return y.view(*x.shape[:-1], -1)
+        return linear(x, QuantisedWeight(self), self.bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantisedLinear":
         """Moves what is stored with the module, and casts none of it."""
@@ -136,8 +131,7 @@ class QuantisedLinear(nn.Module):
 class QuantisedWeight(FrozenWeight):
     """The weight of a `QuantisedLinear`, decoded at each use; fulfils `FrozenWeight`."""
 
-    def __init__(self, module: QuantisedLinear) -> None:
-        self._module = module
+    _module: QuantisedLinear
 
     @property
     def out(self) -> int:
@@ -165,23 +159,13 @@ class QuantisedWeight(FrozenWeight):
             for tensor in stored
         )
 
-    def matmul(
-        self,
-        x: Float[Tensor, "tokens in"],
-        bias: Float[Tensor, " out"] | None = None,
-        onto: Float[Tensor, "tokens out"] | None = None,
-    ) -> Float[Tensor, "tokens out"]:
-        """x·Wᵀ + bias, in the type of x; or `onto` with x·Wᵀ added in its place."""
-        if onto is not None:
-            return onto.addmm_(x, self._transient(x.dtype).T)
-        return F.linear(x, self._transient(x.dtype), None if bias is None else bias.to(x.dtype))
-
-    def matmul_transposed(
-        self, g: Float[Tensor, "tokens out"], onto: Float[Tensor, "tokens in"] | None = None
-    ) -> Float[Tensor, "tokens in"]:
-        """g·W, in the type of g; or `onto` with it added in its place."""
-        weight = self._transient(g.dtype)
-        return g @ weight if onto is None else onto.addmm_(g, weight)
+    @torch.no_grad()
+    def read(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
+        """W in that type, where it has to be decoded in memory that the next decoding overwrites."""
+        if (stored := self._stored) is not None:
+            return stored.to(dtype)
+        flat = _scratch(self.out * self.in_, dtype, self._module.codes.device)
+        return decode(self._module.packed, self._module.storage, flat).view(self.out, self.in_)
 
     @torch.no_grad()
     def dense(self) -> Float[Tensor, "out in"]:
@@ -217,29 +201,6 @@ class QuantisedWeight(FrozenWeight):
     def _stored(self) -> Tensor | None:
         dense = self._module.storage.format in DENSE
         return self._module.codes.view(self.out, self.in_) if dense else None
-
-    @torch.no_grad()
-    def _transient(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
-        """W in that type, in memory that the next decoding overwrites."""
-        if (stored := self._stored) is not None:
-            return stored.to(dtype)
-        flat = _scratch(self.out * self.in_, dtype, self._module.codes.device)
-        return decode(self._module.packed, self._module.storage, flat).view(self.out, self.in_)
-
-
-class _Product(torch.autograd.Function):
-    """y = x·Wᵀ + b.   Backward:   dx = dy·W,  db = Σ dy.   Nothing is kept but the codes."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, weight: QuantisedWeight) -> Tensor:
-        ctx.weight = weight
-        return weight.matmul(x, bias)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        wants_x, wants_bias, _ = ctx.needs_input_grad
-        dx = ctx.weight.matmul_transposed(dy) if wants_x else None
-        return dx, dy.sum(0) if wants_bias else None, None
 
 
 _memory = threading.local()

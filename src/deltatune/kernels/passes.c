@@ -1,0 +1,188 @@
+/* What a training step does between its matrix products: each loop here reads its inputs once, computes in fp32 and
+   writes its outputs once. PyTorch makes several passes of each, with what lies between them in memory.
+
+   Numbers have BITS bits: 16 (bf16) or 32 (fp32). Every matrix is dense and row-major. Threads share the rows, always
+   in the same way, and what several have summed is added in their order: the same inputs on as many threads give the
+   same bits. The vectors are those of GCC and Clang: 16 numbers, in as many registers as the processor needs. What each
+   function computes stands beside its operator in passes.py. */
+
+#include "numbers.h"
+
+const int32_t wide_registers = AVX512;
+
+/* Norms --------------------------------------------------------------------------------------------------------- */
+
+void rms_norm(const number *x, const number *weight, float epsilon, number *y, float *scales, size rows, size width)
+{
+#pragma omp parallel for schedule(static)
+    for (size row = 0; row < rows; row++) {
+        const number *from = x + row * width;
+        floats squares = {0};
+        for (size i = 0; i < width; i += LANES) {
+            floats now = load(from + i, width - i);
+            squares += now * now;
+        }
+        float scale = scales[row] = 1.0f / sqrtf(total(squares) / width + epsilon);
+        for (size i = 0; i < width; i += LANES)
+            store(y + row * width + i, rounded(load(from + i, width - i) * scale) * load(weight + i, width - i), width - i);
+    }
+}
+
+void rms_norm_backward(const number *x, const number *weight, const float *scales, const number *dy, number *dx, size rows,
+                       size width)
+{
+#pragma omp parallel for schedule(static)
+    for (size row = 0; row < rows; row++) {
+        size begin = row * width;
+        floats products = {0};
+        for (size i = 0; i < width; i += LANES)
+            products += load(x + begin + i, width - i) * load(dy + begin + i, width - i) * load(weight + i, width - i);
+        float scale = scales[row], shared = total(products) * scale * scale / width;
+        for (size i = 0; i < width; i += LANES) {
+            floats g = load(dy + begin + i, width - i) * load(weight + i, width - i);
+            store(dx + begin + i, (g - load(x + begin + i, width - i) * shared) * scale, width - i);
+        }
+    }
+}
+
+/* Activations --------------------------------------------------------------------------------------------------- */
+
+void gated_silu(const number *gate, const number *up, number *y, size count)
+{
+#pragma omp parallel for schedule(static)
+    for (size i = 0; i < count; i += LANES) {
+        floats g = load(gate + i, count - i);
+        store(y + i, rounded(g * sigmoid(g)) * load(up + i, count - i), count - i);
+    }
+}
+
+void gated_silu_backward(const number *gate, const number *up, const number *dy, number *dgate, number *dup, size count)
+{
+#pragma omp parallel for schedule(static)
+    for (size i = 0; i < count; i += LANES) {
+        floats g = load(gate + i, count - i), d = load(dy + i, count - i), s = sigmoid(g);
+        store(dup + i, d * g * s, count - i);
+        store(dgate + i, d * load(up + i, count - i) * s * (1.0f + g * (1.0f - s)), count - i);
+    }
+}
+
+/* Positions ----------------------------------------------------------------------------------------------------- */
+
+/* Turns the pairs (i, i + half) of every head; with sign −1 back. cos and sin have the two numbers one after another. */
+void rotate(const number *x, const number *cosines, const number *sines, number *y, float sign, size tokens, size heads,
+            size half)
+{
+#pragma omp parallel for schedule(static)
+    for (size token = 0; token < tokens; token++)
+        for (size head = 0; head < heads; head++) {
+            size begin = (token * heads + head) * 2 * half;
+            const number *c = cosines + token * 2 * half, *s = sines + token * 2 * half;
+            for (size i = 0; i < half; i += LANES) {
+                size n = half - i;
+                floats first = load(x + begin + i, n), second = load(x + begin + half + i, n);
+                floats at = load((sign < 0 ? s + half : s) + i, n), after = load((sign < 0 ? s : s + half) + i, n);
+                store(y + begin + i, first * load(c + i, n) - sign * second * at, n);
+                store(y + begin + half + i, second * load(c + half + i, n) + sign * first * after, n);
+            }
+        }
+}
+
+/* Dropout ------------------------------------------------------------------------------------------------------- */
+
+/* An element stays where its 16 bits are not below `bar`. */
+void drop(const number *x, number *y, int64_t seed, size bar, float scale, size count)
+{
+    uint64_t key = mixed(seed);
+#pragma omp parallel for schedule(static)
+    for (size i = 0; i < count; i += 2 * LANES) {
+        words bits = scattered((uint32_t)(i / 2), (uint32_t)key, (uint32_t)(key >> 32) ^ (uint32_t)(i >> 33));
+        size n = count - i;
+        store(y + i, choose((bits & 0xffff) >= (uint32_t)bar, load(x + i, n) * scale, all(0)), n);
+        if (n > LANES)
+            store(y + i + LANES, choose((bits >> 16) >= (uint32_t)bar, load(x + i + LANES, n - LANES) * scale, all(0)), n - LANES);
+    }
+}
+
+/* Weights in fewer bits ----------------------------------------------------------------------------------------- */
+
+/* Rounded before anything is added to it: inlined, a compiler would make one operation of both. */
+static __attribute__((noinline)) float product(float a, float b) { return a * b; }
+
+/* Eight codes, the first in the highest bits. */
+INLINE uint32_t eight(const uint8_t *codes, int bits)
+{
+    uint32_t all = 0;
+    for (int i = 0; i < bits; i++) all = all << 8 | codes[i];
+    return all;
+}
+
+/* What 16 codes of 2, 3 or 4 bits stand for, the levels of all codes being in one register; or of 8 bits the numbers. */
+INLINE floats meant(const uint8_t *codes, floats levels, int bits)
+{
+    if (bits == 8) {
+#if AVX512
+        return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)codes)));
+#else
+        float read[LANES];
+        for (int i = 0; i < LANES; i++) read[i] = ((const int8_t *)codes)[i];
+        return load_floats(read, LANES);
+#endif
+    }
+    ints second = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
+    words place = {7, 6, 5, 4, 3, 2, 1, 0, 7, 6, 5, 4, 3, 2, 1, 0};
+    words both = (eight(codes + bits, bits) & (words)second) | (eight(codes, bits) & ~(words)second);
+    return __builtin_shuffle(levels, (ints)(both >> place * bits & ((1u << bits) - 1)));
+}
+
+INLINE void decode_block(const uint8_t *codes, floats levels, float scale, number *out, size count, int bits)
+{
+    size i = 0;
+    for (; i + LANES <= count; i += LANES) store(out + i, meant(codes + i * bits / 8, levels, bits) * scale, LANES);
+    if (i < count) { /* what lies behind the last code may be nobody's */
+        uint8_t rest[LANES] = {0};
+        memcpy(rest, codes + i * bits / 8, ((count - i) * bits + 7) / 8);
+        store(out + i, meant(rest, levels, bits) * scale, count - i);
+    }
+}
+
+/* The numbers from place `start` on, where a block begins. Scales are fp32, or (with `coarse`) codes of 8 bits. */
+void decode(const uint8_t *codes, const void *scales, const float *coarse, const float *offset, const float *map,
+            const float *levels, number *out, size start, size count, size block, size bits)
+{
+    floats level = levels ? load_floats(levels, 1 << bits) : all(0);
+#pragma omp parallel for schedule(static)
+    for (size from = 0; from < count; from += block) {
+        size some = count - from < block ? count - from : block, place = (start + from) / block;
+        float scale = coarse ? product(map[((const uint8_t *)scales)[place]], coarse[place / 256]) + *offset
+                             : ((const float *)scales)[place];
+        const uint8_t *own = codes + (start + from) * bits / 8;
+        if (bits == 8) decode_block(own, level, scale / 127, out + from, some, 8);
+        else if (bits == 4) decode_block(own, level, scale, out + from, some, 4);
+        else if (bits == 3) decode_block(own, level, scale, out + from, some, 3);
+        else decode_block(own, level, scale, out + from, some, 2);
+    }
+}
+
+/* Loss ---------------------------------------------------------------------------------------------------------- */
+
+void cross_entropy(number *logits, const int64_t *targets, float share, float *losses, size rows, size classes)
+{
+#pragma omp parallel for schedule(static)
+    for (size row = 0; row < rows; row++) {
+        number *z = logits + row * classes;
+        floats most = all(-INFINITY), sums = {0};
+        for (size i = 0; i < classes; i += LANES) {
+            floats now = first(classes - i, load(z + i, classes - i), -INFINITY);
+            most = choose(now > most, now, most);
+        }
+        float top = highest(most), right = load(z + targets[row], 1)[0];
+        for (size i = 0; i < classes; i += LANES)
+            sums += exponential(first(classes - i, load(z + i, classes - i), -INFINITY) - top);
+        float sum = total(sums);
+        losses[row] = logf(sum) + top - right;
+        float factor = share / sum;
+        for (size i = 0; i < classes; i += LANES)
+            store(z + i, exponential(load(z + i, classes - i) - top) * factor, classes - i);
+        store(z + targets[row], all(expf(right - top) * factor - share), 1);
+    }
+}

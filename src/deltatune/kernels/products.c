@@ -1,0 +1,314 @@
+/* Products with frozen weights, and the thin ones of low-rank updates beside them. */
+
+#include "numbers.h"
+
+/* Frozen weights ------------------------------------------------------------------------------------------------ */
+
+#if PAIRED
+const int32_t multiplies = 1;
+
+/* A panel is the weights of as many columns of y as a tile takes, as units: those that are multiplied by the same unit of
+   x stand next to each other. A tile of y stays in registers until it is done. */
+enum { WIDE = 4, PANEL = WIDE * LANES, TALL = 6, LONGEST = 1 << 14, LINE = 64 / sizeof(number) };
+
+/* The panel of `wide` columns from n on. */
+static void pack(const number *weight, size turned, unit *panel, size n, size wide, size inner, size out)
+{
+    if (turned)
+        for (size k = 0; k < inner / 2; k++)
+            for (size i = 0; i < wide; i += LANES) {
+                const number *two = weight + 2 * k * out + n + i;
+                __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)two));
+                __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(two + out)));
+                _mm512_storeu_si512(panel + k * PANEL + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+            }
+    else
+        for (size i = 0; i < wide; i += LANES)
+            for (size k = 0; k < inner / 2; k += LANES)
+                transpose((const unit *)(weight + (n + i) * inner) + k, inner / 2, panel + k * PANEL + i, PANEL);
+}
+
+/* Asks for a part of the weights of the panel from n on, so that they are near when it is packed. */
+INLINE void ask_for(const number *weight, size turned, size n, size inner, size out, size part, size parts)
+{
+    size from = inner * part / parts, to = inner * (part + 1) / parts;
+    for (size k = from; k < to; k++) {
+        const number *row = turned ? weight + k * out + n : weight + n * inner + k * PANEL;
+        for (size i = 0; i < PANEL; i += LINE) _mm_prefetch((const char *)(row + i), _MM_HINT_T1);
+    }
+}
+
+/* What is added to a product before it is rounded: a bias, and h·F with F (rank, out). Both can be missing. */
+struct more {
+    const number *bias;
+    const float *h, *factor;
+    size rank, padded;
+};
+
+INLINE void product_tile(const number *x, const unit *panel, number *y, size rows, size column, size inner, size out,
+                         const struct more *more, const float *h, int vectors)
+{
+    floats sums[TALL][WIDE];
+    const unit *from[TALL];
+    EACH(r, TALL) /* where there are fewer rows, the first stands in for the others */
+    {
+        from[r] = (const unit *)(x + (r < rows ? r : 0) * inner);
+        EACH(v, WIDE) sums[r][v] = all(0);
+    }
+    for (size k = 0; k < inner / 2; k++) {
+        units many[WIDE];
+        EACH(v, WIDE) if (v < vectors) memcpy(&many[v], panel + k * PANEL + v * LANES, sizeof many[v]);
+        EACH(r, TALL)
+        {
+            unit one = from[r][k];
+            EACH(v, WIDE) if (v < vectors) sums[r][v] = add_product(sums[r][v], one, many[v]);
+        }
+    }
+    for (size k = 0; k < more->rank; k++)
+        EACH(v, WIDE) if (v < vectors)
+        {
+            floats row = load_floats(more->factor + k * out + column + v * LANES, LANES);
+            EACH(r, TALL) sums[r][v] += h[(r < rows ? r : 0) * more->padded + k] * row;
+        }
+    EACH(v, WIDE) if (v < vectors)
+    {
+        floats bias = more->bias ? load(more->bias + column + v * LANES, LANES) : all(0);
+        EACH(r, TALL) if (r < rows) store(y + r * out + column + v * LANES, sums[r][v] + bias, LANES);
+    }
+}
+
+static void tall_tile(const number *x, const unit *panel, number *y, size rows, size column, size wide, size inner, size out,
+                      const struct more *more, const float *h)
+{
+    switch (wide / LANES) {
+    case 1: product_tile(x, panel, y, rows, column, inner, out, more, h, 1); break;
+    case 2: product_tile(x, panel, y, rows, column, inner, out, more, h, 2); break;
+    case 3: product_tile(x, panel, y, rows, column, inner, out, more, h, 3); break;
+    default: product_tile(x, panel, y, rows, column, inner, out, more, h, WIDE);
+    }
+}
+
+/* The weights are (out, inner), or where they are `turned` (inner, out); both sizes fill registers of pairs. Threads share
+   the columns, each with panels of its own, and where there are not enough for all of them the rows, too. */
+void product(const number *x, const number *weight, size turned, const number *bias, const float *h, const float *factor,
+             size rank, size padded, number *y, size tokens, size inner, size out)
+{
+    struct more more = {bias, h, factor, rank, padded};
+#pragma omp parallel
+    {
+        static _Thread_local _Alignas(64) unit panel[LONGEST / 2 * PANEL];
+        size threads = omp_get_num_threads(), thread = omp_get_thread_num(), across = threads;
+        while (threads % across || (across > 1 && out < across * PANEL)) across--;
+        size down = threads / across, vectors = out / LANES, tiles = (tokens + TALL - 1) / TALL;
+        size begin = vectors * (thread % across) / across * LANES, end = vectors * (thread % across + 1) / across * LANES;
+        size first = tiles * (thread / across) / down, last = tiles * (thread / across + 1) / down;
+        for (size n = begin; n < end; n += PANEL) {
+            size wide = end - n < PANEL ? end - n : PANEL;
+            pack(weight, turned, panel, n, wide, inner, out);
+            for (size tile = first; tile < last; tile++) {
+                size t = tile * TALL;
+                if (n + 2 * PANEL <= end) ask_for(weight, turned, n + PANEL, inner, out, tile - first, last - first);
+                tall_tile(x + t * inner, panel, y + t * out, tokens - t, n, wide, inner, out, &more, h + t * padded);
+            }
+        }
+    }
+}
+#else
+const int32_t multiplies = 0;
+#endif
+
+/* Low-rank updates ---------------------------------------------------------------------------------------------- */
+
+/* The factors are few rows of fp32 each, (rank, width). What a token has between them, h, takes `padded` numbers:
+   the rank rounded up to whole groups, of which the last may have numbers that nobody reads. */
+enum { TOKENS = 4, RANKS = 8, SOME = 32 };
+static inline size padded(size rank) { return (rank + RANKS - 1) / RANKS * RANKS; }
+
+/* Of every `group` numbers of a, then of b, half as many: the sums of those that are half a group apart. */
+INLINE floats fold(floats a, floats b, int group)
+{
+    ints place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    int half = group / 2;
+    ints from = place / half * group + place % half;
+    return __builtin_shuffle(a, b, from) + __builtin_shuffle(a, b, from + half);
+}
+
+INLINE void inner_step(floats sums[2 * RANKS], const number *one, const number *two, const float *const rows[RANKS], size i,
+                       size n)
+{
+    floats first = load(one + i, n), second = load(two + i, n);
+    EACH(k, RANKS)
+    {
+        floats row = load_floats(rows[k] + i, n);
+        sums[k] += first * row;
+        sums[RANKS + k] += second * row;
+    }
+}
+
+/* h = x·Fᵀ for rows of x (tokens, width). */
+static void inner(const number *x, const float *factor, float *h, size tokens, size width, size rank)
+{
+    for (size token = 0; token < tokens; token += 2)
+        for (size group = 0; group < rank; group += RANKS) {
+            size other = token + 1 < tokens ? token + 1 : token;
+            const float *rows[RANKS];
+            for (size k = 0; k < RANKS; k++) rows[k] = factor + (group + k < rank ? group + k : rank - 1) * width;
+            floats sums[2 * RANKS] = {0};
+            size i = 0;
+            for (; i + LANES <= width; i += LANES) inner_step(sums, x + token * width, x + other * width, rows, i, LANES);
+            if (i < width) inner_step(sums, x + token * width, x + other * width, rows, i, width - i);
+            EACH(k, 8) sums[k] = fold(sums[2 * k], sums[2 * k + 1], 16);
+            EACH(k, 4) sums[k] = fold(sums[2 * k], sums[2 * k + 1], 8);
+            EACH(k, 2) sums[k] = fold(sums[2 * k], sums[2 * k + 1], 4);
+            float both[2 * RANKS];
+            store_floats(both, fold(sums[0], sums[1], 2), 2 * RANKS);
+            memcpy(h + token * padded(rank) + group, both, RANKS * sizeof *both);
+            if (other > token) memcpy(h + other * padded(rank) + group, both + RANKS, RANKS * sizeof *both);
+        }
+}
+
+INLINE void outer_step(const float *h, const float *factor, const number *bias, number *y, size tokens, size width, size rank,
+                       size i, int vectors, size n)
+{
+    floats sums[TOKENS][2];
+    number *rows[TOKENS];
+    const float *own[TOKENS];
+    EACH(t, TOKENS) /* where there are fewer tokens, the first stands in for the others */
+    {
+        rows[t] = y + (t < tokens ? t : 0) * width + i;
+        own[t] = h + (t < tokens ? t : 0) * padded(rank);
+        EACH(v, 2) if (v < vectors) sums[t][v] = bias ? load(bias + i + v * LANES, n) : all(0);
+    }
+    for (size k = 0; k < rank; k++)
+        EACH(v, 2) if (v < vectors)
+        {
+            floats row = load_floats(factor + k * width + i + v * LANES, n);
+            EACH(t, TOKENS) sums[t][v] += own[t][k] * row;
+        }
+    EACH(t, TOKENS)
+        EACH(v, 2) if (v < vectors && t < tokens) store(rows[t] + v * LANES, sums[t][v], n);
+}
+
+/* y = h·F + b for at most four rows of y (tokens, width). */
+static void outer(const float *h, const float *factor, const number *bias, number *y, size tokens, size width, size rank)
+{
+    size i = 0;
+    for (; i + 2 * LANES <= width; i += 2 * LANES) outer_step(h, factor, bias, y, tokens, width, rank, i, 2, LANES);
+    for (; i < width; i += LANES)
+        outer_step(h, factor, bias, y, tokens, width, rank, i, 1, width - i < LANES ? width - i : LANES);
+}
+
+INLINE void gradient_step(const number *x, const float *h, float *gradient, size tokens, size width, size rank, size i,
+                          int vectors, size n)
+{
+    for (size group = 0; group < rank; group += RANKS) {
+        floats sums[RANKS][2] = {0};
+        for (size t = 0; t < tokens; t++)
+            EACH(v, 2) if (v < vectors)
+            {
+                floats now = load(x + t * width + i + v * LANES, n);
+                EACH(k, RANKS) sums[k][v] += h[t * padded(rank) + group + k] * now;
+            }
+        EACH(k, RANKS)
+            EACH(v, 2) if (v < vectors && group + k < rank)
+            {
+                float *to = gradient + (group + k) * width + i + v * LANES;
+                store_floats(to, load_floats(to, n) + sums[k][v], n);
+            }
+    }
+}
+
+/* gradient += hᵀ·x for rows of x (tokens, width), which a cache holds. */
+static void gradients(const number *x, const float *h, float *gradient, size tokens, size width, size rank)
+{
+    size i = 0;
+    for (; i + 2 * LANES <= width; i += 2 * LANES) gradient_step(x, h, gradient, tokens, width, rank, i, 2, LANES);
+    for (; i < width; i += LANES)
+        gradient_step(x, h, gradient, tokens, width, rank, i, 1, width - i < LANES ? width - i : LANES);
+}
+
+/* h = x·Aᵀ, and (scale·B)ᵀ. */
+void low_rank(const number *x, const float *A, const float *B, float scale, float *h, float *scaled, size tokens, size width,
+              size out, size rank)
+{
+#pragma omp parallel
+    {
+#pragma omp for schedule(static) nowait
+        for (size o = 0; o < out; o++)
+            for (size k = 0; k < rank; k++) scaled[k * out + o] = scale * B[o * rank + k];
+#pragma omp for schedule(static)
+        for (size t = 0; t < tokens; t += TOKENS) {
+            size now = tokens - t < TOKENS ? tokens - t : TOKENS;
+            inner(x + t * width, A, h + t * padded(rank), now, width, rank);
+        }
+    }
+}
+
+/* y = h·F + b */
+void low_rank_output(const float *h, const float *factor, const number *bias, number *y, size tokens, size width, size rank)
+{
+#pragma omp parallel for schedule(static)
+    for (size t = 0; t < tokens; t += TOKENS)
+        outer(h + t * padded(rank), factor, bias, y + t * width, tokens - t < TOKENS ? tokens - t : TOKENS, width, rank);
+}
+
+/* Every thread has sums of its own, (rank, width) and (rank, out), which are added up in the end. */
+void low_rank_backward(const number *x, const float *h, const number *dy, const float *scaled, float scale, float *dh,
+                       float *sums, float *dA, float *dB, size tokens, size width, size out, size rank, size threads)
+{
+    size each = rank * (width + out);
+#pragma omp parallel num_threads(threads)
+    {
+        float *own = sums + omp_get_thread_num() * each;
+        memset(own, 0, each * sizeof *own);
+#pragma omp for schedule(static)
+        for (size from = 0; from < tokens; from += SOME) {
+            size some = tokens - from < SOME ? tokens - from : SOME;
+            float *slope = dh + from * padded(rank);
+            inner(dy + from * out, scaled, slope, some, out, rank);
+            gradients(x + from * width, slope, own, some, width, rank);
+            gradients(dy + from * out, h + from * padded(rank), own + rank * width, some, out, rank);
+        }
+        add_up(sums, each, dA, rank * width, 1);
+        add_up(sums + rank * width, each, dB, rank * out, scale);
+    }
+}
+
+/* Magnitudes ---------------------------------------------------------------------------------------------------- */
+
+void scale_columns(const number *x, const float *factors, const float *bias, number *y, size rows, size width)
+{
+#pragma omp parallel for schedule(static)
+    for (size row = 0; row < rows; row++)
+        for (size i = 0; i < width; i += LANES) {
+            size n = width - i;
+            floats scaled = load(x + row * width + i, n) * load_floats(factors + i, n);
+            store(y + row * width + i, bias ? scaled + load_floats(bias + i, n) : scaled, n);
+        }
+}
+
+/* Every thread has sums of its own, (width), which are added up in the end. */
+void scale_columns_backward(const number *x, const float *factors, const number *dy, number *dx, float *sums,
+                            float *products, size rows, size width, size threads)
+{
+#pragma omp parallel num_threads(threads)
+    {
+        float *own = sums + omp_get_thread_num() * width;
+        memset(own, 0, width * sizeof *own);
+#pragma omp for schedule(static)
+        for (size from = 0; from < rows; from += TOKENS) {
+            size some = rows - from < TOKENS ? rows - from : TOKENS;
+            for (size i = 0; i < width; i += LANES) {
+                size n = width - i;
+                floats factor = load_floats(factors + i, n), sum = load_floats(own + i, n);
+                for (size row = from; row < from + some; row++) {
+                    floats now = load(dy + row * width + i, n);
+                    sum += now * load(x + row * width + i, n);
+                    store(dx + row * width + i, now * factor, n);
+                }
+                store_floats(own + i, sum, n);
+            }
+        }
+        add_up(sums, width, products, width, 1);
+    }
+}

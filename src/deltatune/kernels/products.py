@@ -1,0 +1,160 @@
+"""Products with frozen weights, and low-rank updates and magnitudes beside them."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from deltatune.kernels.loops import Loop, multiplies_pairs, operator, ready
+
+_RANKS = 8
+"""Ranks that products.c computes together."""
+_PAIRS, _LONGEST = 32, 2**14
+"""Numbers of a register of bf16, and how many of a row's products.c has room to sum over."""
+
+
+def multiplies(x: Float[Tensor, "tokens in"], weight: Float[Tensor, "out in"]) -> bool:
+    """Whether `product` takes these and is faster than PyTorch's own."""
+    if x.dtype != torch.bfloat16 or not (ready(x, weight) and multiplies_pairs()):
+        return False
+    out, width = weight.shape
+    dense = weight.stride() in ((width, 1), (1, out))
+    return dense and out % _PAIRS == width % _PAIRS == 0 and max(out, width) <= _LONGEST
+
+
+def product(
+    x: Float[Tensor, "tokens in"],
+    weight: Float[Tensor, "out in"],
+    bias: Float[Tensor, " out"] | None = None,
+    update: tuple[Float[Tensor, "tokens padded"], Float[Tensor, "rank out"]] | None = None,
+) -> Float[Tensor, "tokens out"]:
+    """x·Wᵀ + h·F + bias in bf16, where h and F, the `update`, are fp32; summed in fp32 and rounded once.
+
+    A row of the result has the same bits whatever stands in the others, and on as many threads as there are. h has the
+    columns that `low_rank` gives it.
+    """
+    h, factor = (None, None) if update is None else (update[0], update[1].contiguous())
+    y: Tensor = _PRODUCT(x.contiguous(), weight, bias, h, factor)
+    return y
+
+
+def low_rank(
+    x: Float[Tensor, "tokens in"], A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"], scale: float
+) -> tuple[Float[Tensor, "tokens padded"], Float[Tensor, "rank out"]]:
+    """h = x·Aᵀ and F = (scale·B)ᵀ: what is added to a product is h·F.
+
+    All but x is fp32. h has 8, 16, … columns, of which the first `rank` count.
+    """
+    found: tuple[Tensor, Tensor] = _LOW_RANK(x.contiguous(), A.contiguous(), B.contiguous(), scale)
+    return found
+
+
+def low_rank_output(
+    h: Float[Tensor, "tokens padded"],
+    factor: Float[Tensor, "rank out"],
+    bias: Float[Tensor, " out"] | None,
+    dtype: torch.dtype,
+) -> Float[Tensor, "tokens out"]:
+    """h·F + bias, which is of the type of the result."""
+    y: Tensor = _LOW_RANK_OUTPUT(h, factor.contiguous(), bias, dtype)
+    return y
+
+
+def low_rank_backward(
+    x: Float[Tensor, "tokens in"],
+    h: Float[Tensor, "tokens padded"],
+    dy: Float[Tensor, "tokens out"],
+    factor: Float[Tensor, "rank out"],
+    scale: float,
+) -> tuple[Float[Tensor, "tokens padded"], Float[Tensor, "rank in"], Float[Tensor, "rank out"]]:
+    """dh = dy·Fᵀ,  dA = dhᵀ·x  and  dBᵀ = scale·hᵀ·dy;  dh·A is what goes back to x."""
+    found: tuple[Tensor, Tensor, Tensor] = _LOW_RANK_BACKWARD(x.contiguous(), h, dy.contiguous(), factor, scale)
+    return found
+
+
+def scale_columns(
+    x: Float[Tensor, "rows width"], factors: Float[Tensor, " width"], bias: Float[Tensor, " width"] | None
+) -> Float[Tensor, "rows width"]:
+    """factors ⊙ x + bias; both are fp32."""
+    y: Tensor = _SCALE_COLUMNS(x.contiguous(), factors.contiguous(), bias)
+    return y
+
+
+def scale_columns_backward(
+    x: Float[Tensor, "rows width"], factors: Float[Tensor, " width"], dy: Float[Tensor, "rows width"]
+) -> tuple[Float[Tensor, "rows width"], Float[Tensor, " width"]]:
+    """dx = factors ⊙ dy, and Σ dy ⊙ x over the rows in fp32."""
+    found: tuple[Tensor, Tensor] = _SCALE_COLUMNS_BACKWARD(x.contiguous(), factors.contiguous(), dy.contiguous())
+    return found
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor | None, factor: Tensor | None) -> Tensor:
+    (tokens, width), out = x.shape, weight.shape[0]
+    y = x.new_empty(tokens, out)
+    if not x.is_meta:
+        rank, padded = (0, 0) if h is None or factor is None else (len(factor), h.shape[1])
+        turned = int(weight.stride(0) == 1)
+        _product_loop(x, x, weight, turned, bias, h, factor, rank, padded, y, tokens, width, out)
+    return y
+
+
+def _low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    (tokens, width), (out, rank) = x.shape, B.shape
+    h, factor = A.new_empty(tokens, -(-rank // _RANKS) * _RANKS), A.new_empty(rank, out)
+    if not x.is_meta:
+        _low_rank_loop(x, x, A, B, scale, h, factor, tokens, width, out, rank)
+    return h, factor
+
+
+def _low_rank_output(h: Tensor, factor: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    tokens, (rank, out) = len(h), factor.shape
+    y = h.new_empty(tokens, out, dtype=dtype)
+    if not h.is_meta:
+        _low_rank_output_loop(y, h, factor, bias, y, tokens, out, rank)
+    return y
+
+
+def _low_rank_backward(x: Tensor, h: Tensor, dy: Tensor, factor: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    (tokens, width), (rank, out), threads = x.shape, factor.shape, torch.get_num_threads()
+    dh, dA, dB = torch.empty_like(h), h.new_empty(rank, width), torch.empty_like(factor)
+    sums = h.new_empty(threads, rank * (width + out))
+    if not x.is_meta:
+        sizes = tokens, width, out, rank, threads
+        _low_rank_backward_loop(x, x, h, dy, factor, scale, dh, sums, dA, dB, *sizes)
+    return dh, dA, dB
+
+
+def _scale_columns(x: Tensor, factors: Tensor, bias: Tensor | None) -> Tensor:
+    y = torch.empty_like(x)
+    if not x.is_meta:
+        _scale_columns_loop(x, x, factors, bias, y, *x.shape)
+    return y
+
+
+def _scale_columns_backward(x: Tensor, factors: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    dx, products, threads = torch.empty_like(dy), torch.empty_like(factors), torch.get_num_threads()
+    sums = factors.new_empty(threads, len(factors))
+    if not x.is_meta:
+        _scale_columns_backward_loop(x, x, factors, dy, dx, sums, products, *x.shape, threads)
+    return dx, products
+
+
+_product_loop = Loop("product", "ttntttnntnnn")
+_low_rank_loop = Loop("low_rank", "tttfttnnnn")
+_low_rank_output_loop = Loop("low_rank_output", "ttttnnn")
+_low_rank_backward_loop = Loop("low_rank_backward", "ttttfttttnnnnn")
+_scale_columns_loop = Loop("scale_columns", "ttttnn")
+_scale_columns_backward_loop = Loop("scale_columns_backward", "ttttttnnn")
+
+_PRODUCT = operator("product(Tensor x, Tensor weight, Tensor? bias, Tensor? h, Tensor? factor) -> Tensor", _product)
+_LOW_RANK = operator("low_rank(Tensor x, Tensor A, Tensor B, float scale) -> (Tensor, Tensor)", _low_rank)
+_LOW_RANK_OUTPUT = operator(
+    "low_rank_output(Tensor h, Tensor factor, Tensor? bias, ScalarType dtype) -> Tensor", _low_rank_output
+)
+_LOW_RANK_BACKWARD = operator(
+    "low_rank_backward(Tensor x, Tensor h, Tensor dy, Tensor factor, float scale) -> (Tensor, Tensor, Tensor)",
+    _low_rank_backward,
+)
+_SCALE_COLUMNS = operator("scale_columns(Tensor x, Tensor factors, Tensor? bias) -> Tensor", _scale_columns)
+_SCALE_COLUMNS_BACKWARD = operator(
+    "scale_columns_backward(Tensor x, Tensor factors, Tensor dy) -> (Tensor, Tensor)", _scale_columns_backward
+)
