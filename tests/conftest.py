@@ -15,7 +15,7 @@ from jaxtyping import install_import_hook
 
 SOURCE = Path(find_spec("deltatune").origin).parent
 SHAPED = [
-    "deltatune." + ".".join(path.relative_to(SOURCE).with_suffix("").parts)
+    ("deltatune." + ".".join(path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__")
     for path in SOURCE.rglob("*.py")
     if "from jaxtyping import" in path.read_text(encoding="utf-8")
 ]

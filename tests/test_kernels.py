@@ -98,7 +98,9 @@ needs_products = pytest.mark.skipif(not kernels.multiplies_pairs(), reason="no p
 @needs_products
 @pytest.mark.parametrize("updated", [False, True], ids=["", "updated"])
 @pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
-@pytest.mark.parametrize("sizes", [(7, 32, 32), (23, 96, 224), (103, 64, 1568), (300, 4096, 288)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(7, 32, 32), (23, 96, 224), (103, 64, 1568), (300, 4096, 288), (38, 9248, 96)], ids=str
+)
 def test_products(sizes: tuple[int, int, int], turned: bool, updated: bool) -> None:
     tokens, width, out = sizes
     x, weight = (numbers(*shape, dtype=torch.bfloat16) for shape in ((tokens, width), (out, width)))
@@ -108,6 +110,12 @@ def test_products(sizes: tuple[int, int, int], turned: bool, updated: bool) -> N
     exact = x.double() @ weight.double().T + bias.double() + (h[:, :5].double() @ factor.double() if updated else 0)
     found = kernels.product(x, weight, bias, (h, factor) if updated else None)
     near(found, exact, 0.5)  # rounded once
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.equal(kernels.product(x, weight, bias, (h, factor) if updated else None), found)
+    finally:
+        torch.set_num_threads(threads)
     few = kernels.product(x[3:5], weight, bias, (h[3:5], factor) if updated else None)
     assert torch.equal(few, found[3:5]), "a row is the same whatever stands beside it"
 

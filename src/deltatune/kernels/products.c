@@ -1,5 +1,7 @@
 /* Products with frozen weights, and the thin ones of low-rank updates beside them. */
 
+#include <stdlib.h>
+
 #include "numbers.h"
 
 /* Frozen weights ------------------------------------------------------------------------------------------------ */
@@ -7,25 +9,26 @@
 #if PAIRED
 const int32_t multiplies = 1;
 
-/* A panel is the weights of as many columns of y as a tile takes, as units: those that are multiplied by the same unit of
-   x stand next to each other. A tile of y stays in registers until it is done. */
-enum { WIDE = 4, PANEL = WIDE * LANES, TALL = 6, LONGEST = 1 << 14, LINE = 64 / sizeof(number) };
+/* A panel is weights of as many columns of y as a tile takes, as units: those that are multiplied by the same unit of x
+   stand next to each other. A tile of y stays in registers until it is done; where a row of x has more numbers than a panel
+   takes, its sums are carried from one panel to the next. */
+enum { WIDE = 4, PANEL = WIDE * LANES, TALL = 6, DEEP = 1 << 12, LINE = 64 / sizeof(number) };
 
-/* The panel of `wide` columns from n on. */
-static void pack(const number *weight, size turned, unit *panel, size n, size wide, size inner, size out)
+/* The panel of `wide` columns from n on, for `deep` numbers of a row of x from number k on. */
+static void pack(const number *weight, size turned, unit *panel, size n, size wide, size k, size deep, size inner, size out)
 {
     if (turned)
-        for (size k = 0; k < inner / 2; k++)
+        for (size row = 0; row < deep / 2; row++)
             for (size i = 0; i < wide; i += LANES) {
-                const number *two = weight + 2 * k * out + n + i;
+                const number *two = weight + (k + 2 * row) * out + n + i;
                 __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)two));
                 __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(two + out)));
-                _mm512_storeu_si512(panel + k * PANEL + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+                _mm512_storeu_si512(panel + row * PANEL + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
             }
     else
         for (size i = 0; i < wide; i += LANES)
-            for (size k = 0; k < inner / 2; k += LANES)
-                transpose((const unit *)(weight + (n + i) * inner) + k, inner / 2, panel + k * PANEL + i, PANEL);
+            for (size row = 0; row < deep / 2; row += LANES)
+                transpose((const unit *)(weight + (n + i) * inner + k) + row, inner / 2, panel + row * PANEL + i, PANEL);
 }
 
 /* Asks for a part of the weights of the panel from n on, so that they are near when it is packed. */
@@ -45,17 +48,25 @@ struct more {
     size rank, padded;
 };
 
-INLINE void product_tile(const number *x, const unit *panel, number *y, size rows, size column, size inner, size out,
-                         const struct more *more, const float *h, int vectors)
+/* What a tile is made from and goes to. */
+struct tile {
+    const number *x;
+    number *y;
+    const float *h;
+    float *carry; /* its sums: so far unless it begins with this panel, and from now on unless it ends */
+    size rows, column, begins, ends;
+};
+
+INLINE void product_tile(const struct tile *tile, const unit *panel, size deep, size inner, size out, const struct more *more,
+                         int vectors, int carries)
 {
+    size rows = tile->rows, column = tile->column;
     floats sums[TALL][WIDE];
     const unit *from[TALL];
-    EACH(r, TALL) /* where there are fewer rows, the first stands in for the others */
-    {
-        from[r] = (const unit *)(x + (r < rows ? r : 0) * inner);
-        EACH(v, WIDE) sums[r][v] = all(0);
-    }
-    for (size k = 0; k < inner / 2; k++) {
+    EACH(r, TALL) from[r] = (const unit *)(tile->x + (r < rows ? r : 0) * inner); /* the first stands in for missing ones */
+    if (!carries || tile->begins) EACH(r, TALL) EACH(v, WIDE) sums[r][v] = all(0);
+    else EACH(r, TALL) EACH(v, WIDE) sums[r][v] = load_floats(tile->carry + r * PANEL + v * LANES, LANES);
+    for (size k = 0; k < deep / 2; k++) {
         units many[WIDE];
         EACH(v, WIDE) if (v < vectors) memcpy(&many[v], panel + k * PANEL + v * LANES, sizeof many[v]);
         EACH(r, TALL)
@@ -64,27 +75,32 @@ INLINE void product_tile(const number *x, const unit *panel, number *y, size row
             EACH(v, WIDE) if (v < vectors) sums[r][v] = add_product(sums[r][v], one, many[v]);
         }
     }
+    if (carries && !tile->ends) {
+        EACH(r, TALL) EACH(v, WIDE) store_floats(tile->carry + r * PANEL + v * LANES, sums[r][v], LANES);
+        return;
+    }
     for (size k = 0; k < more->rank; k++)
         EACH(v, WIDE) if (v < vectors)
         {
             floats row = load_floats(more->factor + k * out + column + v * LANES, LANES);
-            EACH(r, TALL) sums[r][v] += h[(r < rows ? r : 0) * more->padded + k] * row;
+            EACH(r, TALL) sums[r][v] += tile->h[(r < rows ? r : 0) * more->padded + k] * row;
         }
     EACH(v, WIDE) if (v < vectors)
     {
         floats bias = more->bias ? load(more->bias + column + v * LANES, LANES) : all(0);
-        EACH(r, TALL) if (r < rows) store(y + r * out + column + v * LANES, sums[r][v] + bias, LANES);
+        EACH(r, TALL) if (r < rows) store(tile->y + r * out + column + v * LANES, sums[r][v] + bias, LANES);
     }
 }
 
-static void tall_tile(const number *x, const unit *panel, number *y, size rows, size column, size wide, size inner, size out,
-                      const struct more *more, const float *h)
+static void tall_tile(const struct tile *tile, const unit *panel, size wide, size deep, size inner, size out,
+                      const struct more *more)
 {
-    switch (wide / LANES) {
-    case 1: product_tile(x, panel, y, rows, column, inner, out, more, h, 1); break;
-    case 2: product_tile(x, panel, y, rows, column, inner, out, more, h, 2); break;
-    case 3: product_tile(x, panel, y, rows, column, inner, out, more, h, 3); break;
-    default: product_tile(x, panel, y, rows, column, inner, out, more, h, WIDE);
+    switch (tile->carry ? 0 : wide / LANES) { /* one that carries has room for all */
+    case 0: product_tile(tile, panel, deep, inner, out, more, wide / LANES, 1); break;
+    case 1: product_tile(tile, panel, deep, inner, out, more, 1, 0); break;
+    case 2: product_tile(tile, panel, deep, inner, out, more, 2, 0); break;
+    case 3: product_tile(tile, panel, deep, inner, out, more, 3, 0); break;
+    default: product_tile(tile, panel, deep, inner, out, more, WIDE, 0);
     }
 }
 
@@ -96,21 +112,27 @@ void product(const number *x, const number *weight, size turned, const number *b
     struct more more = {bias, h, factor, rank, padded};
 #pragma omp parallel
     {
-        static _Thread_local _Alignas(64) unit panel[LONGEST / 2 * PANEL];
+        static _Thread_local _Alignas(64) unit panel[DEEP / 2 * PANEL];
         size threads = omp_get_num_threads(), thread = omp_get_thread_num(), across = threads;
         while (threads % across || (across > 1 && out < across * PANEL)) across--;
         size down = threads / across, vectors = out / LANES, tiles = (tokens + TALL - 1) / TALL;
         size begin = vectors * (thread % across) / across * LANES, end = vectors * (thread % across + 1) / across * LANES;
         size first = tiles * (thread / across) / down, last = tiles * (thread / across + 1) / down;
-        for (size n = begin; n < end; n += PANEL) {
-            size wide = end - n < PANEL ? end - n : PANEL;
-            pack(weight, turned, panel, n, wide, inner, out);
-            for (size tile = first; tile < last; tile++) {
-                size t = tile * TALL;
-                if (n + 2 * PANEL <= end) ask_for(weight, turned, n + PANEL, inner, out, tile - first, last - first);
-                tall_tile(x + t * inner, panel, y + t * out, tokens - t, n, wide, inner, out, &more, h + t * padded);
+        float *carried = inner > DEEP ? malloc((last - first) * TALL * PANEL * sizeof *carried) : NULL;
+        for (size n = begin; n < end; n += PANEL)
+            for (size k = 0; k < inner; k += DEEP) {
+                size wide = end - n < PANEL ? end - n : PANEL, deep = inner - k < DEEP ? inner - k : DEEP;
+                pack(weight, turned, panel, n, wide, k, deep, inner, out);
+                for (size index = first; index < last; index++) {
+                    size t = index * TALL;
+                    struct tile tile = {x + t * inner + k, y + t * out, h + t * padded, NULL, tokens - t, n, k == 0,
+                                        k + deep == inner};
+                    if (carried) tile.carry = carried + (index - first) * TALL * PANEL;
+                    else if (n + 2 * PANEL <= end) ask_for(weight, turned, n + PANEL, inner, out, index - first, last - first);
+                    tall_tile(&tile, panel, wide, deep, inner, out, &more);
+                }
             }
-        }
+        free(carried);
     }
 }
 #else

@@ -8,8 +8,8 @@ from deltatune.kernels.loops import Loop, multiplies_pairs, operator, ready
 
 _RANKS = 8
 """Ranks that products.c computes together."""
-_PAIRS, _LONGEST = 32, 2**14
-"""Numbers of a register of bf16, and how many of a row's products.c has room to sum over."""
+_PAIRS = 32
+"""Numbers of a register of bf16."""
 
 
 def multiplies(x: Float[Tensor, "tokens in"], weight: Float[Tensor, "out in"]) -> bool:
@@ -18,7 +18,7 @@ def multiplies(x: Float[Tensor, "tokens in"], weight: Float[Tensor, "out in"]) -
         return False
     out, width = weight.shape
     dense = weight.stride() in ((width, 1), (1, out))
-    return dense and out % _PAIRS == width % _PAIRS == 0 and max(out, width) <= _LONGEST
+    return dense and out % _PAIRS == width % _PAIRS == 0
 
 
 def product(
