@@ -1,7 +1,5 @@
 /* Products with frozen weights, and the thin ones of low-rank updates beside them. */
 
-#include <stdlib.h>
-
 #include "numbers.h"
 
 /* Frozen weights ------------------------------------------------------------------------------------------------ */
@@ -105,20 +103,21 @@ static void tall_tile(const struct tile *tile, const unit *panel, size wide, siz
 }
 
 /* The weights are (out, inner), or where they are `turned` (inner, out); both sizes fill registers of pairs. Threads share
-   the columns, each with panels of its own, and where there are not enough for all of them the rows, too. */
+   the columns, each with panels of its own, and where there are not enough for all of them the rows, too. Where `inner` is
+   more than DEEP each has room for `each` sums to carry: a panel of columns for all tokens, in whole tiles. */
 void product(const number *x, const number *weight, size turned, const number *bias, const float *h, const float *factor,
-             size rank, size padded, number *y, size tokens, size inner, size out)
+             size rank, size padded, number *y, float *room, size each, size tokens, size inner, size out, size threads)
 {
     struct more more = {bias, h, factor, rank, padded};
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
         static _Thread_local _Alignas(64) unit panel[DEEP / 2 * PANEL];
-        size threads = omp_get_num_threads(), thread = omp_get_thread_num(), across = threads;
-        while (threads % across || (across > 1 && out < across * PANEL)) across--;
-        size down = threads / across, vectors = out / LANES, tiles = (tokens + TALL - 1) / TALL;
+        size team = omp_get_num_threads(), thread = omp_get_thread_num(), across = team; /* can be fewer than asked for */
+        while (team % across || (across > 1 && out < across * PANEL)) across--;
+        size down = team / across, vectors = out / LANES, tiles = (tokens + TALL - 1) / TALL;
         size begin = vectors * (thread % across) / across * LANES, end = vectors * (thread % across + 1) / across * LANES;
         size first = tiles * (thread / across) / down, last = tiles * (thread / across + 1) / down;
-        float *carried = inner > DEEP ? malloc((last - first) * TALL * PANEL * sizeof *carried) : NULL;
+        float *carried = inner > DEEP ? room + thread * each : NULL;
         for (size n = begin; n < end; n += PANEL)
             for (size k = 0; k < inner; k += DEEP) {
                 size wide = end - n < PANEL ? end - n : PANEL, deep = inner - k < DEEP ? inner - k : DEEP;
@@ -127,12 +126,11 @@ void product(const number *x, const number *weight, size turned, const number *b
                     size t = index * TALL;
                     struct tile tile = {x + t * inner + k, y + t * out, h + t * padded, NULL, tokens - t, n, k == 0,
                                         k + deep == inner};
-                    if (carried) tile.carry = carried + (index - first) * TALL * PANEL;
+                    if (carried) tile.carry = carried + t * PANEL;
                     else if (n + 2 * PANEL <= end) ask_for(weight, turned, n + PANEL, inner, out, index - first, last - first);
                     tall_tile(&tile, panel, wide, deep, inner, out, &more);
                 }
             }
-        free(carried);
     }
 }
 #else

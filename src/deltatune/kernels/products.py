@@ -10,6 +10,8 @@ _RANKS = 8
 """Ranks that products.c computes together."""
 _PAIRS = 32
 """Numbers of a register of bf16."""
+_DEEP, _PANEL, _TALL = 2**12, 64, 6
+"""Numbers of a row that products.c multiplies before it carries sums on, and the columns and rows of its tiles."""
 
 
 def multiplies(x: Float[Tensor, "tokens in"], weight: Float[Tensor, "out in"]) -> bool:
@@ -92,8 +94,11 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor | None, f
     y = x.new_empty(tokens, out)
     if not x.is_meta:
         rank, padded = (0, 0) if h is None or factor is None else (len(factor), h.shape[1])
-        turned = int(weight.stride(0) == 1)
-        _product_loop(x, x, weight, turned, bias, h, factor, rank, padded, y, tokens, width, out)
+        turned, threads = int(weight.stride(0) == 1), torch.get_num_threads()
+        each = -(-tokens // _TALL) * _TALL * _PANEL if width > _DEEP else 0
+        room = x.new_empty(threads, each, dtype=torch.float32) if each else None
+        sizes = tokens, width, out, threads
+        _product_loop(x, x, weight, turned, bias, h, factor, rank, padded, y, room, each, *sizes)
     return y
 
 
@@ -138,7 +143,7 @@ def _scale_columns_backward(x: Tensor, factors: Tensor, dy: Tensor) -> tuple[Ten
     return dx, products
 
 
-_product_loop = Loop("product", "ttntttnntnnn")
+_product_loop = Loop("product", "ttntttnnttnnnnn")
 _low_rank_loop = Loop("low_rank", "tttfttnnnn")
 _low_rank_output_loop = Loop("low_rank_output", "ttttnnn")
 _low_rank_backward_loop = Loop("low_rank_backward", "ttttfttttnnnnn")
