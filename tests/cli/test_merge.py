@@ -75,10 +75,11 @@ def test_what_was_merged_and_how_far_it_is_off_is_said_on_stdout(tuned, merged, 
 
 @pytest.fixture(scope="module")
 def qlora(base, data, tmp_path_factory):
-    """An adapter over a base in four bits."""
+    """An adapter over a base in four bits, trained in fp32 so that it is the same on every processor."""
     folder = tmp_path_factory.mktemp("qlora") / "tuned"
     words = ("--base", base, "--data", data, "--storage", NF4, "--set", "rank=4", "--epochs", 2)
-    assert deltatune("tune", *words, "--training", "batch_tokens=128", "--out", folder).code == 0
+    more = ("--training", "batch_tokens=128", "--precision", "fp32")
+    assert deltatune("tune", *words, *more, "--out", folder).code == 0
     return folder
 
 
@@ -117,7 +118,7 @@ def test_a_requantised_model_is_a_base_that_does_what_was_measured(qlora, requan
 
 def test_fewer_bits_lose_more(qlora, requantised, tmp_path):
     done = deltatune("merge", qlora, "--out", tmp_path / "model", "--storage", "int8", "--json")
-    assert json.loads(done.out)["mean_difference"] < json.loads(requantised[1].out)["mean_difference"] / 2
+    assert json.loads(done.out)["mean_difference"] < json.loads(requantised[1].out)["mean_difference"] / 3
 
 
 def test_the_loss_of_accuracy_is_shown_and_a_tolerance_holds_for_it_too(qlora, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from plan_speed import measure
 
 import deltatune
-from deltatune import METHODS, Split, TextData, Training, UserError, make
+from deltatune import METHODS, Split, TextData, Training, UserError, kernels, make
 from deltatune.data.batches import Batch
 from deltatune.dropout import replace_dropout
 from deltatune.models.attach import attach, trainable_parameters
@@ -22,6 +22,7 @@ from deltatune.planning.foresight import foresee, refuse_unfit
 from deltatune.planning.machine import from_json, read_machine, sheets
 from deltatune.planning.plan import Plan, Refused, plan, plan_run
 from deltatune.planning.rehearsal import BatchShape, rehearse
+from deltatune.planning.work import OWN_PRODUCT
 from deltatune.training.classification import Classification
 from deltatune.training.pooled import pooled
 from deltatune.training.precision import prepare
@@ -196,6 +197,18 @@ def test_a_run_that_cannot_fit_is_refused_with_settings_that_do(monkeypatch: pyt
         refuse_unfit(foresee(place, data, make("full"), settings, machine=tight))
     assert "--force" in refused.value.hint
     assert "these would fit" in refused.value.hint
+
+
+def test_products_of_our_own_count_as_products() -> None:
+    model, method = outline(tiny_base("bert"), labels=("no", "yes")), make("lora", {"rank": 2})
+    trained = count_on(model, method).trainable
+    found = [
+        rehearse(model, method, BatchShape(4, 16), "bf16", trained=trained, plain=plain).step
+        for plain in ((), ("products",))
+    ]
+    assert found[0].flops == found[1].flops > 0
+    ours = [{work.name for work in traced.work if work.name == OWN_PRODUCT} for traced in found]
+    assert [bool(names) for names in ours] == [kernels.multiplies_pairs(), False]
 
 
 def test_each_further_size_of_a_batch_costs_a_kernel_for_every_product() -> None:

@@ -1,4 +1,4 @@
-/* Products with frozen weights, and the thin ones of low-rank updates beside them. */
+/* Products with frozen weights, and beside them the thin ones of low-rank updates, and magnitudes of columns. */
 
 #include "numbers.h"
 

@@ -2,7 +2,7 @@
 
 | Piece | Instead of | Where |
 |---|---|---|
-| attention | Transformers' attention | texts of at most 256 tokens, on a CPU |
+| attention | Transformers' attention | texts that are short enough (`most_tokens`), on a CPU |
 | dropout | `nn.Dropout` | on a CPU |
 | gates | SiLU(gate) · up in three passes | where they are the architecture's, on a CPU |
 | norms | RMSNorm in half a dozen passes | where it is frozen, on a CPU |
