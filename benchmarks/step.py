@@ -6,14 +6,13 @@ python benchmarks/step.py
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import deltatune
-from deltatune import LoRA, kernels
+from deltatune import LoRA
 from deltatune.data.batches import collate, epoch
 from deltatune.data.sequences import UNSCORED, Sequences
 from deltatune.data.tokens import tokenize
@@ -39,10 +38,6 @@ def compare(name: str, plain: Callable[[], object], ours: Callable[[], object], 
 
 
 x = torch.randn(1024, 384).bfloat16()
-weight = torch.randn(1536, 384).bfloat16()
-if kernels.multiplies(x, weight):
-    ours = partial(kernels.product, x, weight)
-    compare("1,024 × 384 times 384 × 1,536, PyTorch's → ours", lambda: x @ weight.T, ours, 60)
 compare("dropout of 1,024 × 384, PyTorch's → from random bits", lambda: F.dropout(x, 0.1), lambda: dropout(x, 0.1), 60)
 
 data = deltatune.load_data("rotten-tomatoes").limited(train=1000, validation=10, test=10, seed=0)

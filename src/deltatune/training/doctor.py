@@ -94,7 +94,7 @@ _TRIED: Mapping[Piece, str] = {
     "norms": "ours give what the architecture's own give, tried out just now",
     "packing": "texts in one row are told apart, tried out just now",
     "pooled": "the last block gives the classifier what it gave, tried out just now",
-    "products": "the loop is faster where pairs of bf16 are multiplied, but no tiles (benchmarks/step.py)",
+    "products": "the loop is faster where pairs of bf16 are multiplied, but no tiles (benchmarks/pieces.py)",
     "rotations": "it turns the halves of a head, tried out just now",
 }
 
