@@ -159,6 +159,23 @@ def test_scaled_columns(shape: tuple[int, int], biased: bool, dtype: torch.dtype
 
 @needs_kernels
 @TYPES
+@pytest.mark.parametrize("shape", [(1, 2, 1), (6, 16, 8), (37, 41, 5), (192, 576, 17)], ids=str)
+def test_norms_of_the_rows_of_an_updated_weight(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    out, width, rank = shape
+    weight, A, B = (
+        numbers(out, width, dtype=dtype),
+        numbers(rank, width, dtype=torch.float32),
+        numbers(out, rank, dtype=torch.float32),
+    )
+    squares = weight.double().square().sum(1)
+    exact = (weight.double() + 0.5 * B.double() @ A.double()).norm(dim=1)
+    found = kernels.updated_norms(weight, A, B, 0.5, squares.float())
+    assert torch.allclose(found.double(), exact, rtol=1e-5)
+    assert not kernels.updated_norms(0 * weight, A, 0 * B, 0.5, 0 * squares.float()).any()
+
+
+@needs_kernels
+@TYPES
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 5000])
 def test_gates(count: int, dtype: torch.dtype) -> None:
     gate, up, dy = (numbers(count, dtype=dtype, seed=seed) for seed in range(3))
@@ -382,6 +399,7 @@ def everything(dtype: torch.dtype) -> list[Tensor]:
         kernels.rotate(x[:, :36].reshape(13, 2, 18), x[:, :18], up[:, :18], False), attended, *passed,
         kernels.low_rank_output(h, factor, weight, dtype), *kernels.low_rank_backward(x, h, dy, factor, 0.5)[1:],
         kernels.scale_columns(x, factors, factors), *kernels.scale_columns_backward(x, factors, dy),
+        kernels.updated_norms(x, A, B[:13].contiguous(), 0.5, factors[:13].abs()),
         logits, losses, kernels.drop(x, 0.3, 7),
         *(decode(encode(x, storage), storage, x.new_empty(x.numel())) for storage in map(parse_storage, FORMATS[:5])),
     ]  # fmt: skip

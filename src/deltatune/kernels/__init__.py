@@ -24,6 +24,7 @@ from deltatune.kernels.products import (
     product,
     scale_columns,
     scale_columns_backward,
+    updated_norms,
 )
 
 __all__ = [
@@ -49,5 +50,6 @@ __all__ = [
     "rotate",
     "scale_columns",
     "scale_columns_backward",
+    "updated_norms",
     "wide",
 ]

@@ -296,6 +296,28 @@ void low_rank_backward(const number *x, const float *h, const number *dy, const 
 
 /* Magnitudes ---------------------------------------------------------------------------------------------------- */
 
+/* The norm of each row of W + scale·B·A, from the squares of W's own and G = A·Aᵀ. */
+void updated_norms(const number *weight, const float *A, const float *B, const float *G, float scale, const float *squares,
+                   float *norms, size out, size width, size rank)
+{
+#pragma omp parallel for schedule(static)
+    for (size o = 0; o < out; o += TOKENS) {
+        size now = out - o < TOKENS ? out - o : TOKENS;
+        float U[TOKENS * padded(rank)]; /* W·Aᵀ */
+        inner(weight + o * width, A, U, now, width, rank);
+        for (size r = 0; r < now; r++) {
+            const float *b = B + (o + r) * rank;
+            float square = squares[o + r];
+            for (size k = 0; k < rank; k++) {
+                float own = 0;
+                for (size l = 0; l < rank; l++) own += G[k * rank + l] * b[l];
+                square += scale * b[k] * (2 * U[r * padded(rank) + k] + scale * own);
+            }
+            norms[o + r] = square > 0 ? sqrtf(square) : 0;
+        }
+    }
+}
+
 void scale_columns(const number *x, const float *factors, const float *bias, number *y, size rows, size width)
 {
 #pragma omp parallel for schedule(static)

@@ -73,6 +73,19 @@ def low_rank_backward(
     return found
 
 
+def updated_norms(
+    weight: Float[Tensor, "out in"],
+    A: Float[Tensor, "rank in"],
+    B: Float[Tensor, "out rank"],
+    scale: float,
+    squares: Float[Tensor, " out"],
+) -> Float[Tensor, " out"]:
+    """The norm of each row of W + scale·B·A, given the squares of those of W. All but W is fp32."""
+    G = A @ A.T
+    norms: Tensor = _UPDATED_NORMS(weight.contiguous(), A.contiguous(), B.contiguous(), G, scale, squares)
+    return norms
+
+
 def scale_columns(
     x: Float[Tensor, "rows width"], factors: Float[Tensor, " width"], bias: Float[Tensor, " width"] | None
 ) -> Float[Tensor, "rows width"]:
@@ -128,6 +141,13 @@ def _low_rank_backward(x: Tensor, h: Tensor, dy: Tensor, factor: Tensor, scale: 
     return dh, dA, dB
 
 
+def _updated_norms(weight: Tensor, A: Tensor, B: Tensor, G: Tensor, scale: float, squares: Tensor) -> Tensor:
+    norms = torch.empty_like(squares)
+    if not weight.is_meta:
+        _updated_norms_loop(weight, weight, A, B, G, scale, squares, norms, *weight.shape, len(A))
+    return norms
+
+
 def _scale_columns(x: Tensor, factors: Tensor, bias: Tensor | None) -> Tensor:
     y = torch.empty_like(x)
     if not x.is_meta:
@@ -147,6 +167,7 @@ _product_loop = Loop("product", "ttntttnnttnnnnn")
 _low_rank_loop = Loop("low_rank", "tttfttnnnn")
 _low_rank_output_loop = Loop("low_rank_output", "ttttnnn")
 _low_rank_backward_loop = Loop("low_rank_backward", "ttttfttttnnnnn")
+_updated_norms_loop = Loop("updated_norms", "ttttfttnnn")
 _scale_columns_loop = Loop("scale_columns", "ttttnn")
 _scale_columns_backward_loop = Loop("scale_columns_backward", "ttttttnnn")
 
@@ -158,6 +179,9 @@ _LOW_RANK_OUTPUT = operator(
 _LOW_RANK_BACKWARD = operator(
     "low_rank_backward(Tensor x, Tensor h, Tensor dy, Tensor factor, float scale) -> (Tensor, Tensor, Tensor)",
     _low_rank_backward,
+)
+_UPDATED_NORMS = operator(
+    "updated_norms(Tensor weight, Tensor A, Tensor B, Tensor G, float scale, Tensor squares) -> Tensor", _updated_norms
 )
 _SCALE_COLUMNS = operator("scale_columns(Tensor x, Tensor factors, Tensor? bias) -> Tensor", _scale_columns)
 _SCALE_COLUMNS_BACKWARD = operator(

@@ -214,7 +214,7 @@ class _Decomposed(nn.Module):
     @torch.inference_mode(False)  # what an evaluation leaves behind serves the next training step
     @torch.no_grad()
     def norm(self, weight: FrozenWeight, dtype: torch.dtype) -> Float[Tensor, " magnitudes"]:
-        """What m is divided by. The product with W is computed in `dtype`, everything else in that of A.
+        """What m is divided by. W is read in `dtype`, and where `kernels` does not take it, its product computed in that.
 
         Between two optimiser steps it stays the same and is computed once. Whether A and B have changed is told by
         their values: PyTorch's fused AdamW, and whatever writes through `.data`, leaves their version counters alone.
@@ -231,11 +231,20 @@ class _Decomposed(nn.Module):
     @torch.no_grad()
     def rows(self, weight: FrozenWeight, dtype: torch.dtype) -> Float[Tensor, " out"]:
         """The norm of each row of V, or of ΔW where that is normalised, from the thin factors."""
-        with torch.autocast(self.A.device.type, enabled=False):
-            squares = (self.scale**2) * ((self.B @ (self.A @ self.A.T)) * self.B).sum(1)
-            if self.magnitude != "normalised-update":
-                U = weight.matmul(self.A.to(dtype)).T.to(self.B.dtype)  # (out, rank)
-                squares += self._weight_squares(weight) + 2 * self.scale * (U * self.B).sum(1)
+        A, B, scale = self.A, self.B, self.scale
+        with torch.autocast(A.device.type, enabled=False):
+            if self.magnitude == "normalised-update":
+                squares = scale**2 * _of_rows(A, B)
+            else:
+                squares, stored = self._weight_squares(weight), weight.read(dtype)
+                if (
+                    {A.dtype, B.dtype, squares.dtype} == {torch.float32}
+                    and kernels.ready(stored)
+                    and stored.is_contiguous()
+                ):
+                    return kernels.updated_norms(stored, A, B, scale, squares)
+                U = weight.matmul(A.to(dtype)).T.to(B.dtype)  # (out, rank)
+                squares = scale**2 * _of_rows(A, B) + squares + 2 * scale * (U * B).sum(1)
         return squares.clamp_(min=0).sqrt_()
 
     def _weight_squares(self, weight: FrozenWeight) -> Float[Tensor, " out"]:
@@ -331,6 +340,11 @@ def _first_magnitude(magnitude: Magnitude, weight: FrozenWeight) -> Float[Tensor
         return torch.zeros(weight.out)
     rows = weight.row_norms()
     return rows if magnitude == "per-output-row" else torch.linalg.vector_norm(rows, dim=0, keepdim=True)
+
+
+def _of_rows(A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"]) -> Float[Tensor, " out"]:
+    """The square of the norm of each row of B·A."""
+    return ((B @ (A @ A.T)) * B).sum(1)
 
 
 def _divisor(norm: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
