@@ -214,7 +214,7 @@ class _Decomposed(nn.Module):
     @torch.inference_mode(False)  # what an evaluation leaves behind serves the next training step
     @torch.no_grad()
     def norm(self, weight: FrozenWeight, dtype: torch.dtype) -> Float[Tensor, " magnitudes"]:
-        """What m is divided by. W is read in `dtype`, and where `kernels` does not take it, its product computed in that.
+        """What m is divided by. W is read in `dtype`; where `kernels` does not take it, its product is of that.
 
         Between two optimiser steps it stays the same and is computed once. Whether A and B have changed is told by
         their values: PyTorch's fused AdamW, and whatever writes through `.data`, leaves their version counters alone.
