@@ -296,8 +296,8 @@ void low_rank_backward(const number *x, const float *h, const number *dy, const 
 
 /* Magnitudes ---------------------------------------------------------------------------------------------------- */
 
-/* The norm of each row of W + scale·B·A, from the squares of W's own and G = A·Aᵀ. */
-void updated_norms(const number *weight, const float *A, const float *B, const float *G, float scale, const float *squares,
+/* The norm of each row of W + scale·B·A, from the squares of W's own and BG = B·A·Aᵀ. */
+void updated_norms(const number *weight, const float *A, const float *B, const float *BG, float scale, const float *squares,
                    float *norms, size out, size width, size rank)
 {
 #pragma omp parallel for schedule(static)
@@ -306,13 +306,9 @@ void updated_norms(const number *weight, const float *A, const float *B, const f
         float U[TOKENS * padded(rank)]; /* W·Aᵀ */
         inner(weight + o * width, A, U, now, width, rank);
         for (size r = 0; r < now; r++) {
-            const float *b = B + (o + r) * rank;
+            const float *b = B + (o + r) * rank, *own = BG + (o + r) * rank;
             float square = squares[o + r];
-            for (size k = 0; k < rank; k++) {
-                float own = 0;
-                for (size l = 0; l < rank; l++) own += G[k * rank + l] * b[l];
-                square += scale * b[k] * (2 * U[r * padded(rank) + k] + scale * own);
-            }
+            for (size k = 0; k < rank; k++) square += scale * b[k] * (2 * U[r * padded(rank) + k] + scale * own[k]);
             norms[o + r] = square > 0 ? sqrtf(square) : 0;
         }
     }

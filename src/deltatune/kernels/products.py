@@ -81,8 +81,8 @@ def updated_norms(
     squares: Float[Tensor, " out"],
 ) -> Float[Tensor, " out"]:
     """The norm of each row of W + scale·B·A, given the squares of those of W. All but W is fp32."""
-    G = A @ A.T
-    norms: Tensor = _UPDATED_NORMS(weight.contiguous(), A.contiguous(), B.contiguous(), G, scale, squares)
+    A, B = A.contiguous(), B.contiguous()
+    norms: Tensor = _UPDATED_NORMS(weight.contiguous(), A, B, B @ (A @ A.T), scale, squares)
     return norms
 
 
@@ -141,10 +141,10 @@ def _low_rank_backward(x: Tensor, h: Tensor, dy: Tensor, factor: Tensor, scale: 
     return dh, dA, dB
 
 
-def _updated_norms(weight: Tensor, A: Tensor, B: Tensor, G: Tensor, scale: float, squares: Tensor) -> Tensor:
+def _updated_norms(weight: Tensor, A: Tensor, B: Tensor, BG: Tensor, scale: float, squares: Tensor) -> Tensor:
     norms = torch.empty_like(squares)
     if not weight.is_meta:
-        _updated_norms_loop(weight, weight, A, B, G, scale, squares, norms, *weight.shape, len(A))
+        _updated_norms_loop(weight, weight, A, B, BG, scale, squares, norms, *weight.shape, len(A))
     return norms
 
 
@@ -181,7 +181,7 @@ _LOW_RANK_BACKWARD = operator(
     _low_rank_backward,
 )
 _UPDATED_NORMS = operator(
-    "updated_norms(Tensor weight, Tensor A, Tensor B, Tensor G, float scale, Tensor squares) -> Tensor", _updated_norms
+    "updated_norms(Tensor weight, Tensor A, Tensor B, Tensor BG, float scale, Tensor squares) -> Tensor", _updated_norms
 )
 _SCALE_COLUMNS = operator("scale_columns(Tensor x, Tensor factors, Tensor? bias) -> Tensor", _scale_columns)
 _SCALE_COLUMNS_BACKWARD = operator(

@@ -33,6 +33,9 @@ from deltatune.methods.low_rank import low_rank
 from deltatune.methods.values import at_least_one, positive, rank_fits, share
 from deltatune.weights import FrozenWeight
 
+_SMALL = 8
+"""The highest rank for which a loop over W gives the norms sooner than a product (docs/log.md)."""
+
 Magnitude = Literal["per-output-row", "scalar-frobenius", "normalised-update"]
 
 
@@ -237,13 +240,10 @@ class _Decomposed(nn.Module):
                 squares = scale**2 * _of_rows(A, B)
             else:
                 squares, stored = self._weight_squares(weight), weight.read(dtype)
-                if (
-                    {A.dtype, B.dtype, squares.dtype} == {torch.float32}
-                    and kernels.ready(stored)
-                    and stored.is_contiguous()
-                ):
+                small = len(A) <= _SMALL and {A.dtype, B.dtype, squares.dtype} == {torch.float32}
+                if small and kernels.ready(stored) and stored.is_contiguous():
                     return kernels.updated_norms(stored, A, B, scale, squares)
-                U = weight.matmul(A.to(dtype)).T.to(B.dtype)  # (out, rank)
+                U = (stored @ A.to(dtype).T).to(B.dtype)  # (out, rank)
                 squares = scale**2 * _of_rows(A, B) + squares + 2 * scale * (U * B).sum(1)
         return squares.clamp_(min=0).sqrt_()
 
