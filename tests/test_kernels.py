@@ -245,18 +245,23 @@ def test_attention(of: tuple[int, ...] | None, sizes: tuple[int, ...], dtype: to
 
 @needs_kernels
 @TYPES
-@pytest.mark.parametrize("sees", [(False, 0), (True, 0), (True, 20)], ids=str)
-def test_attention_of_texts_in_one_row(sees: tuple[bool, int], dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "sees", [(False, 0), (True, 0), (True, 20), (True, 0, 5), (True, 12, 8), (False, 0, 3)], ids=str
+)
+def test_attention_of_texts_in_one_row(sees: tuple[bool, int, int], dtype: torch.dtype) -> None:
     bounds = torch.tensor([0, 8, 48, 48, 49, 120], dtype=torch.int32)  # one is empty
+    causal, window, shared, *_ = *sees, 0
     q, k, v = texts(1, 4, 2, 120, 120, 24, dtype=dtype)
     dy = numbers(1, 120, 4, 24, dtype=dtype, seed=3)
-    text = torch.bucketize(torch.arange(120), bounds[1:-1], right=True)
-    later = torch.arange(120) - torch.arange(120)[:, None]
-    hidden = text != text[:, None]
-    if sees[0]:
+    row = torch.arange(120)
+    text = torch.bucketize(row, bounds[1:-1], right=True)
+    place = row - bounds[text] + torch.where(text > 0, shared, 0)  # in its text
+    later = place - place[:, None]
+    hidden = (text != text[:, None]) & ~(row < shared)
+    if causal:
         hidden |= later > 0
-    if sees[1]:
-        hidden |= later <= -sees[1]
+    if window:
+        hidden |= later <= -window
     bias = torch.zeros(120, 120, dtype=torch.float64).masked_fill_(hidden, -torch.inf)
     exact = formula(lambda *inputs: attended(*inputs, bias), dy, q, k, v)
     y, tops = kernels.attention(q, k, v, None, bounds, kernels.Sees(*sees), 0.3, 0.0, 0)
@@ -271,6 +276,13 @@ def test_bounds_that_are_none_of_the_row_are_refused(bounds: list[int]) -> None:
     row = texts(1, 2, 1, 8, 8, 4, dtype=torch.float32)
     with pytest.raises(ValueError, match="no bounds of texts that fill a row of 8 tokens"):
         kernels.attention(*row, None, torch.tensor(bounds), kernels.Sees(True), 1.0, 0.0, 0)
+
+
+@needs_kernels
+def test_what_all_texts_share_has_to_stand_in_the_first() -> None:
+    row = texts(1, 2, 1, 8, 8, 4, dtype=torch.float32)
+    with pytest.raises(ValueError, match="a first text of 3 tokens does not begin with the 4 that all share"):
+        kernels.attention(*row, None, torch.tensor([0, 3, 8]), kernels.Sees(True, 0, 4), 1.0, 0.0, 0)
 
 
 @needs_kernels

@@ -11,6 +11,7 @@ from plan_speed import measure
 import deltatune
 from deltatune import METHODS, Split, TextData, Training, UserError, kernels, make
 from deltatune.data.batches import Batch
+from deltatune.data.sequences import UNSCORED, Sequences
 from deltatune.dropout import replace_dropout
 from deltatune.models.attach import attach, trainable_parameters
 from deltatune.models.base import Base, outline, tasks
@@ -18,15 +19,18 @@ from deltatune.models.count import count_on
 from deltatune.models.places import Place
 from deltatune.models.roles import unchanged
 from deltatune.planning.bases import known, planned_base, planned_outline
+from deltatune.planning.batches import batch_shapes
 from deltatune.planning.foresight import foresee, refuse_unfit
 from deltatune.planning.machine import from_json, read_machine, sheets
 from deltatune.planning.plan import Plan, Refused, plan, plan_run
 from deltatune.planning.rehearsal import BatchShape, rehearse
 from deltatune.planning.work import OWN_PRODUCT
 from deltatune.training.classification import Classification
+from deltatune.training.pieces import quicken
 from deltatune.training.pooled import pooled
 from deltatune.training.precision import prepare
-from tiny import tiny_config, tiny_model
+from deltatune.training.tasks import task_for
+from tiny import tiny_config, tiny_language_model, tiny_model, tokenizer
 
 FITTING = {
     "vblora": {"vector_length": 8, "num_vectors": 8},
@@ -254,3 +258,22 @@ def test_planned_parameters_are_the_actual_ones_whichever_blocks_a_method_is_in(
     assert rehearsed.trained == counted.trainable == sum(parameter.numel() for parameter in trained)
     held = {id(tensor): tensor for tensor in (*actual.parameters(), *actual.buffers())}.values()
     assert rehearsed.frozen == sum(tensor.nbytes for tensor in held) - 4 * counted.trainable
+
+
+@pytest.mark.parametrize("plain", [(), ("sharing",), ("packing",)])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.1}])
+def test_a_batch_is_planned_with_the_tokens_that_its_row_has(options: dict, training: bool, plain: tuple) -> None:
+    rows = tuple([5, 6, 7, *range(8, 8 + length)] for length in (9, 14, 30, 21))
+    examples = Sequences(rows, tuple([*[UNSCORED] * 5, *row[5:]] for row in rows), 0)
+    model, method = tiny_language_model("llama"), make("lora", options)
+    [shape] = batch_shapes(examples, [range(4)], model, method, Training(plain=plain), training=training)
+    deltatune.attach(model, method)
+    model.config.pad_token_id = 0
+    quicken(model, 64)
+    task = task_for(Base(model.train(training), tokenizer("llama"), "", ""), "fp32", plain)
+    seen = []
+    model.register_forward_pre_hook(lambda _, __, inputs: seen.append(inputs["input_ids"].numel()), with_kwargs=True)
+    task.backward(task.collate(examples, range(4)), 1)
+    assert shape.examples == 4
+    assert 0 <= seen[-1] - shape.tokens < 32 + (0 if kernels.wide() else 4 * 7)

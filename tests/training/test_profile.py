@@ -45,6 +45,7 @@ def test_the_pieces_that_a_step_has_are_named() -> None:
         "packing",
         *products,
         *made("rotations"),
+        "sharing",
     )
 
 
@@ -109,7 +110,7 @@ def said_of(model, name: str, length: int = 32) -> dict[str, tuple[str, str]]:
     [
         ("bert", {"attention", "dropout", "pooled"}),
         ("distilbert", {"attention", "dropout"}),
-        ("llama", {"attention", "packing", *made("gates", "norms", "rotations")}),
+        ("llama", {"attention", "packing", "sharing", *made("gates", "norms", "rotations")}),
         ("t5", {"attention", "dropout", *made("norms")}),
     ],
 )

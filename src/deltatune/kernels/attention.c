@@ -85,34 +85,52 @@ INLINE void down_scores(unit *to, const float *x, size stride, size count, size 
         }
 }
 
-/* Texts side by side, or (with bounds) one after another in one row, of which the longest has so many tokens. Where a
-   text, a head and a token begin is told by strides; bias is found by text, group, member of the group and query. */
+/* Texts side by side, or (with bounds) one after another in one row. None sees more than so many tokens. With bounds the
+   first `shared` tokens of the row are the beginning of every text, though they stand in the first alone. Where a text, a
+   head and a token begin is told by strides; bias is found by text, group, member of the group and query. */
 struct job {
-    size texts, heads, groups, queries, tokens, width, causal, window, q[3], k[3], v[3], bias[4], seed, bar;
+    size texts, heads, groups, queries, tokens, width, causal, window, shared, q[3], k[3], v[3], bias[4], seed, bar;
 };
 
-/* One text and one group of heads. */
+/* One text and one group of heads: its own tokens ask, and they see those that stand elsewhere (`before` of them), too. */
 struct task {
-    size text, group, begin, queries, tokens;
+    size text, group, begin, before, queries, tokens;
     const number *k, *v;
+    size k_stride, v_stride;
 };
 
-static struct task task_of(const struct job *job, const int32_t *bounds, const number *k, const number *v, size index)
+/* Copies of a text's keys or values, one after another: those at the beginning of the row, and its own. */
+static const number *joined(const struct task *task, const number *x, size stride, size width, number *room)
 {
-    struct task task = {index / job->groups, index % job->groups, 0, job->queries, job->tokens};
+    for (size token = 0; token < task->tokens; token++) {
+        size place = token < task->before ? token : task->begin + token - task->before;
+        memcpy(room + token * width, x + place * stride, width * sizeof *room);
+    }
+    return room;
+}
+
+static struct task task_of(const struct job *job, const int32_t *bounds, const number *k, const number *v, number *room,
+                           size index)
+{
+    struct task task = {index / job->groups, index % job->groups, 0, 0, job->queries, job->tokens};
+    k += task.group * job->k[1], v += task.group * job->v[1];
     if (bounds) {
         task.begin = bounds[task.text];
-        task.queries = task.tokens = bounds[task.text + 1] - bounds[task.text];
-    }
-    size text = bounds ? 0 : task.text;
-    task.k = k + text * job->k[0] + task.group * job->k[1] + task.begin * job->k[2];
-    task.v = v + text * job->v[0] + task.group * job->v[1] + task.begin * job->v[2];
+        task.before = task.text ? job->shared : 0;
+        task.queries = bounds[task.text + 1] - bounds[task.text];
+        task.tokens = task.before + task.queries;
+    } else k += task.text * job->k[0], v += task.text * job->v[0];
+    task.k_stride = task.before ? job->width : job->k[2];
+    task.v_stride = task.before ? job->width : job->v[2];
+    task.k = task.before ? joined(&task, k, job->k[2], job->width, room) : k + task.begin * job->k[2];
+    task.v = task.before ? joined(&task, v, job->v[2], job->width, room + job->tokens * job->width) : v + task.begin * job->v[2];
     return task;
 }
 
 /* Some queries of one head. */
 struct block {
     size query, count; /* the first of them, and how many */
+    size place;        /* of the first among the tokens that the text sees */
     size head, row;    /* the head, and the row of the first query among all texts' */
     size from, until;  /* the keys that any of them sees, in whole registers */
     const number *q, *bias;
@@ -124,8 +142,9 @@ static struct block block_of(const struct job *job, const struct task *task, int
     struct block block = {query, task->queries - query < QUERIES ? task->queries - query : QUERIES};
     block.head = task->group * (job->heads / job->groups) + member;
     block.row = (packed ? task->begin : task->text * job->queries) + query;
-    block.from = job->window && query >= job->window ? (query - job->window + 1) / LANES * LANES : 0;
-    block.until = filled(job->causal ? query + block.count : task->tokens);
+    block.place = task->before + query;
+    block.from = job->window && block.place >= job->window ? (block.place - job->window + 1) / LANES * LANES : 0;
+    block.until = filled(job->causal ? block.place + block.count : task->tokens);
     block.q = q + (packed ? 0 : task->text * job->q[0]) + block.head * job->q[1] + (task->begin + query) * job->q[2];
     if (bias)
         block.bias = bias + task->text * job->bias[0] + task->group * job->bias[1] + member * job->bias[2] + query * job->bias[3];
@@ -137,8 +156,8 @@ INLINE floats score(const struct job *job, const struct task *task, const struct
                     size key, float scaling)
 {
     ints place = (int)key + (ints){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    size high = job->causal ? block->query + r + 1 : task->tokens;
-    size low = job->window ? block->query + r + 1 - job->window : 0;
+    size high = job->causal ? block->place + r + 1 : task->tokens;
+    size low = job->window ? block->place + r + 1 - job->window : 0;
     floats z = load_floats(scores + key, LANES) * scaling;
     if (block->bias) z += load(block->bias + r * job->bias[3] + key, task->tokens - key);
     return choose((place < (int)high) & (place >= (int)low), z, all(-INFINITY));
@@ -172,12 +191,13 @@ void attention(const number *q, const number *k, const number *v, const number *
         unit *keys = take(&room, width * wide), *values = take(&room, wide * width);
         unit *asked = take(&room, QUERIES * width), *weights = take(&room, QUERIES * wide);
         float *scores = take(&room, QUERIES * wide), *sums = take(&room, QUERIES * width);
+        number *both = take(&room, 2 * wide * width);
 #pragma omp for schedule(dynamic)
         for (size index = 0; index < job->texts * job->groups; index++) {
-            struct task task = task_of(job, bounds, k, v, index);
+            struct task task = task_of(job, bounds, k, v, both, index);
             size across = filled(task.tokens);
-            turned(keys, task.k, job->k[2], task.tokens, job->width);
-            down_columns(values, task.v, job->v[2], task.tokens, job->width);
+            turned(keys, task.k, task.k_stride, task.tokens, job->width);
+            down_columns(values, task.v, task.v_stride, task.tokens, job->width);
             for (size member = 0; member < job->heads / job->groups; member++)
                 for (size query = 0; query < task.queries; query += QUERIES) {
                     struct block block = block_of(job, &task, !!bounds, q, bias, member, query);
@@ -223,12 +243,13 @@ static void round_rows(const float *from, number *to, size stride, size count, s
             store(to + r * stride + i, load_floats(from + r * filled(width) + i, LANES), width - i);
 }
 
-/* With weights w = softmax of the scores s:   ds = w · (dw − Σ w·dw),  and from it dq, dk, dv. */
+/* With weights w = softmax of the scores s:   ds = w · (dw − Σ w·dw),  and from it dq, dk, dv. What every text says of
+   those tokens that all share comes into `parts`, (texts, groups, 2, shared, width), to be added up in this order. */
 void attention_backward(const number *q, const number *k, const number *v, const number *bias, const int32_t *bounds,
                         const struct job *job, float scaling, float scale, const number *dy, const float *tops, number *dq,
-                        number *dk, number *dv, char *memory, size each, size threads)
+                        number *dk, number *dv, float *parts, char *memory, size each, size threads)
 {
-    size wide = filled(job->tokens), width = filled(job->width);
+    size wide = filled(job->tokens), width = filled(job->width), part = job->shared * width, apart = job->groups * job->width;
 #pragma omp parallel num_threads(threads)
     {
         char *room = memory + omp_get_thread_num() * each;
@@ -239,13 +260,14 @@ void attention_backward(const number *q, const number *k, const number *v, const
         unit *slopes_along = take(&room, QUERIES * wide), *slopes_down = take(&room, QUERIES * wide);
         unit *weights_down = take(&room, QUERIES * wide);
         float *to_query = take(&room, QUERIES * width), *to_keys = take(&room, wide * width), *to_values = take(&room, wide * width);
+        number *both = take(&room, 2 * wide * width);
 #pragma omp for schedule(dynamic)
         for (size index = 0; index < job->texts * job->groups; index++) {
-            struct task task = task_of(job, bounds, k, v, index);
+            struct task task = task_of(job, bounds, k, v, both, index);
             size across = filled(task.tokens);
-            turned(keys, task.k, job->k[2], task.tokens, job->width);
-            turned(values, task.v, job->v[2], task.tokens, job->width);
-            down_columns(own_keys, task.k, job->k[2], task.tokens, job->width);
+            turned(keys, task.k, task.k_stride, task.tokens, job->width);
+            turned(values, task.v, task.v_stride, task.tokens, job->width);
+            down_columns(own_keys, task.k, task.k_stride, task.tokens, job->width);
             memset(to_keys, 0, across * width * sizeof *to_keys);
             memset(to_values, 0, across * width * sizeof *to_values);
             for (size member = 0; member < job->heads / job->groups; member++)
@@ -292,8 +314,23 @@ void attention_backward(const number *q, const number *k, const number *v, const
                              width, pairs, 1);
                 }
             size place = ((bounds ? task.begin : task.text * job->tokens) * job->groups + task.group) * job->width;
-            round_rows(to_keys, dk + place, job->groups * job->width, task.tokens, job->width);
-            round_rows(to_values, dv + place, job->groups * job->width, task.tokens, job->width);
+            size others = task.before * width, own = task.tokens - task.before;
+            round_rows(to_keys + others, dk + place, apart, own, job->width);
+            round_rows(to_values + others, dv + place, apart, own, job->width);
+            memcpy(parts + 2 * index * part, to_keys, part * sizeof *parts);
+            memcpy(parts + (2 * index + 1) * part, to_values, part * sizeof *parts);
+        }
+#pragma omp for schedule(static)
+        for (size index = 0; index < 2 * job->groups * job->shared; index++) {
+            size row = index % job->shared, which = index / job->shared; /* a group, and keys or values */
+            number *to = (which % 2 ? dv : dk) + row * apart + which / 2 * job->width;
+            const float *from = parts + which * part + row * width;
+            for (size i = 0; i < job->width; i += LANES) {
+                floats sum = all(0);
+                for (size text = 0; text < job->texts; text++)
+                    sum += load_floats(from + text * 2 * job->groups * part + i, LANES);
+                store(to + i, sum, job->width - i);
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 """Attention in one loop each way; its weights are never written to memory."""
 
 import ctypes
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ class Sees(NamedTuple):
     """No later ones."""
     window: int = 0
     """Where that is not 0, so many at most, itself among them."""
+    shared: int = 0
+    """Tokens with which a row begins that are the beginning of each of its texts, though they stand in it once."""
 
 
 def attends(*tensors: Tensor) -> bool:
@@ -41,7 +44,8 @@ def attention(
     """softmax(Q Kᵀ · scaling + bias) V, its weights dropped, and what `attention_backward` needs.
 
     With `bounds` texts stand one after another in a single row, from each of these places to the next, and see
-    themselves alone. Tensors can have any strides, but the last; what they hold is not copied.
+    themselves alone, and what all share. Tensors can have any strides, but the last; what they hold is not copied, but
+    for keys and values of texts whose beginning stands elsewhere.
     """
     found: tuple[Tensor, Tensor] = _ATTENTION(
         *map(_last_dense, (query, key, value)), bias, bounds, *sees, scaling, dropout, seed
@@ -93,7 +97,7 @@ def _attention_backward(
     dq, dk, dv = torch.empty_like(dy), *(key.new_empty(texts, tokens, groups, size) for _ in range(2))
     if not query.is_meta:
         job = _Job(query, key, value, bias, bounds, *how)
-        _attention_backward_loop(query, *job.inputs, dy, tops, dq, dk, dv, *job.memory())
+        _attention_backward_loop(query, *job.inputs, dy, tops, dq, dk, dv, job.parts(), *job.memory())
     return dq, dk, dv
 
 
@@ -102,31 +106,59 @@ class _Job:
 
     def __init__(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, bounds: Tensor | None,
-        causal: bool, window: int, scaling: float, dropout: float, seed: int,
+        causal: bool, window: int, shared: int, scaling: float, dropout: float, seed: int,
     ) -> None:  # fmt: skip
         (texts, heads, queries, size), groups, tokens = query.shape, key.shape[1], key.shape[2]
         if bounds is not None:
+            places = bounds.tolist()
+            lengths = [until - begin for begin, until in pairwise(places)]
+            if min(lengths) < 0 or places[0] != 0 or places[-1] != queries or queries != tokens:
+                raise ValueError(f"{places} are no bounds of texts that fill a row of {queries} tokens")
+            if not 0 <= shared <= lengths[0]:
+                raise ValueError(f"a first text of {lengths[0]} tokens does not begin with the {shared} that all share")
             bounds = bounds.to(torch.int32)
-            shortest, longest = bounds.diff().aminmax()
-            if shortest < 0 or bounds[0] != 0 or bounds[-1] != queries or queries != tokens:
-                raise ValueError(f"{bounds.tolist()} are no bounds of texts that fill a row of {queries} tokens")
-            texts, tokens = len(bounds) - 1, int(longest)
-        self._places = size, tokens
+            texts, tokens = len(lengths), max(lengths[0], shared + max(lengths[1:], default=0))
+        elif shared:
+            raise ValueError("texts share tokens in a single row alone")
+        self._sizes = texts, groups, size, tokens, shared
         strides = [stride for x in (query, key, value) for stride in x.stride()[:3]]
         if bias is not None:
             bias = bias.expand(*bias.shape[:-1], tokens).contiguous()
             strides += bias.expand(texts, groups, heads // groups, queries, tokens).stride()[:4]
         else:
             strides += [0] * 4
-        numbers = texts, heads, groups, queries, tokens, size, causal, window, *strides, seed, round(dropout * 2**16)
+        numbers = (
+            texts,
+            heads,
+            groups,
+            queries,
+            tokens,
+            size,
+            causal,
+            window,
+            shared,
+            *strides,
+            seed,
+            round(dropout * 2**16),
+        )
         job = (ctypes.c_int64 * len(numbers))(*numbers)
         self.inputs = query, key, value, bias, bounds, job, scaling, 1 / (1 - dropout) if dropout else 0.0
 
     def memory(self) -> tuple[Tensor, int, int]:
         """Room for every thread, how many bytes each has, and how many threads there are."""
-        size, tokens = (-(-one // _LANES) * _LANES for one in self._places)
-        each, threads = 20 * (size * tokens + _QUERIES * (size + tokens)), torch.get_num_threads()
+        _, _, size, tokens, _ = self._sizes
+        size, tokens = _filled(size), _filled(tokens)
+        each, threads = 28 * size * tokens + 20 * _QUERIES * (size + tokens), torch.get_num_threads()
         return torch.empty(threads, each, dtype=torch.uint8), each, threads
+
+    def parts(self) -> Float[Tensor, "texts groups 2 shared filled"]:
+        """Room for what each text says of the keys and values that all share."""
+        texts, groups, size, _, shared = self._sizes
+        return torch.empty(texts, groups, 2, shared, _filled(size), dtype=torch.float32)
+
+
+def _filled(count: int) -> int:
+    return -(-count // _LANES) * _LANES
 
 
 def _last_dense(x: Tensor) -> Tensor:
@@ -134,14 +166,14 @@ def _last_dense(x: Tensor) -> Tensor:
 
 
 _attention_loop = Loop("attention", "ttttttfftttnn")
-_attention_backward_loop = Loop("attention_backward", "ttttttffttttttnn")
+_attention_backward_loop = Loop("attention_backward", "ttttttfftttttttnn")
 _ATTENTION = operator(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? bounds, bool causal, int window,"
-    " float scaling, float dropout, int seed) -> (Tensor, Tensor)",
+    " int shared, float scaling, float dropout, int seed) -> (Tensor, Tensor)",
     _attention,
 )
 _ATTENTION_BACKWARD = operator(
     "attention_backward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? bounds, bool causal, int window,"
-    " float scaling, float dropout, int seed, Tensor dy, Tensor tops) -> (Tensor, Tensor, Tensor)",
+    " int shared, float scaling, float dropout, int seed, Tensor dy, Tensor tops) -> (Tensor, Tensor, Tensor)",
     _attention_backward,
 )

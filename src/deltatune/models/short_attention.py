@@ -40,6 +40,7 @@ def attend(
     dropout: float = 0.0,
     position_bias: Float[Tensor, "#texts #heads queries tokens"] | None = None,
     cu_seq_lens_q: Int[Tensor, " bounds"] | None = None,
+    shared_tokens: int = 0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -48,7 +49,10 @@ def attend(
     """The attention function that Transformers calls by the name `NAME`; it gives no attention weights.
 
     `cu_seq_lens_q` is where the texts of a single row begin, and where the last one ends, as for flash attention. No
-    mask is needed then, nor looked at. Raises `NotImplementedError` where scores are capped or have sinks beside them.
+    mask is needed then, nor looked at. The first `shared_tokens` of such a row are the beginning of each of its texts,
+    though they stand in the first alone.
+
+    Raises `NotImplementedError` where scores are capped or have sinks beside them.
     """
     if softcap is not None or s_aux is not None:
         raise NotImplementedError("attention with capped scores or sinks")
@@ -63,10 +67,10 @@ def attend(
         return _together(query, key, value, bias, factor, rate), None
     causal = bool(getattr(module, "is_causal", True))
     if kernels.attends(query, key, value):
-        sees = kernels.Sees(causal, (sliding_window or 0) if causal else 0)
+        sees = kernels.Sees(causal, (sliding_window or 0) if causal else 0, shared_tokens)
         return _in_one_pass(query, key, value, None, cu_seq_lens_q, sees, factor, rate), None
-    window = (sliding_window, causal)
-    return _one_after_another(query, key, value, cu_seq_lens_q.diff().tolist(), window, factor, rate), None
+    lengths, window = cu_seq_lens_q.diff().tolist(), (sliding_window, causal)
+    return _one_after_another(query, key, value, lengths, shared_tokens, window, factor, rate), None
 
 
 def _one_after_another(
@@ -74,18 +78,30 @@ def _one_after_another(
     key: Float[Tensor, "1 groups all size"],
     value: Float[Tensor, "1 groups all size"],
     lengths: list[int],
+    shared: int,
     window: tuple[int | None, bool],
     scaling: float,
     dropout: float,
 ) -> Float[Tensor, "1 all heads size"]:
-    """The attention of texts in one row, each within itself; neighbours of the same length are computed together."""
-    runs = [(len([*same]), length) for length, same in groupby(lengths)]
+    """The attention of texts in one row, each within itself and what all share.
+
+    Neighbours of the same length are computed together.
+    """
+    alone = 1 if shared else 0  # the first, which has what all share
+    runs = [(1, lengths[0])] * alone + [(len([*same]), length) for length, same in groupby(lengths[alone:])]
     sizes = [texts * length for texts, length in runs]
     rows = [torch.split(x.squeeze(0), sizes, 1) for x in (query, key, value)]
     outputs = []
-    for run, q, k, v in zip(runs, *rows, strict=True):
-        q, k, v = (torch.unflatten(x, 1, run).transpose(0, 1) for x in (q, k, v))
-        outputs.append(_together(q, k, v, _visible(run[1], *window, q.dtype, q.device), scaling, dropout).flatten(0, 1))
+    for place, (run, *both) in enumerate(zip(runs, *rows, strict=True)):
+        before = shared if place else 0
+        q, k, v = (torch.unflatten(x, 1, run).transpose(0, 1) for x in both)
+        if before:
+            k, v = (
+                torch.cat((x[:, :, :before].expand(len(own), -1, -1, -1), own), 2) for x, own in ((key, k), (value, v))
+            )
+        seen = _visible(before + run[1], *window, q.dtype, q.device)
+        seen = None if seen is None else seen[:, :, before:]
+        outputs.append(_together(q, k, v, seen, scaling, dropout).flatten(0, 1))
     return torch.cat(outputs)[None]
 
 

@@ -11,8 +11,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from deltatune.data import DialogueData, TextData
-from deltatune.data.batches import ROWS, by_length, epoch, padded_length
-from deltatune.data.sequences import UNSCORED
+from deltatune.data.batches import ROWS, by_length, epoch
 from deltatune.data.tokens import length_limit
 from deltatune.errors import UserError
 from deltatune.methods import METHODS, Method, make, parse
@@ -22,6 +21,7 @@ from deltatune.models.places import Place
 from deltatune.models.quantise import Storages
 from deltatune.models.roles import unchanged
 from deltatune.planning.bases import planned_base, planned_outline
+from deltatune.planning.batches import batch_shapes
 from deltatune.planning.calibration import this_machine
 from deltatune.planning.machine import Machine, read_machine
 from deltatune.planning.memory import Memory, kernels, memory_of
@@ -56,7 +56,7 @@ class Plan:
     making_seconds: float
     """Of these, what making kernels takes: once for each size of a batch."""
     tokens: int
-    """Of a batch, padding included."""
+    """Of a batch, as many as are computed: padding included, where there is some."""
     machine: str
     fits: bool
     """Whether the peak is within the machine's memory."""
@@ -184,8 +184,9 @@ def plan_run(
     limit = length_limit(tokenizer, outline.config, settings.max_length, getattr(method, "virtual_tokens", 0))
     examples, validation = task.encode(data.train, limit), task.encode(data.validation, limit)
     order = epoch(examples.lengths, settings.batch_tokens, np.random.default_rng(seed))
-    shapes = [_shape(examples, places, outline) for places in order]
-    scored = [_shape(validation, places, outline) for places in by_length(validation.lengths, SCORED_TOKENS)]
+    shapes = batch_shapes(examples, order, outline, method, settings, training=True)
+    by_size = by_length(validation.lengths, SCORED_TOKENS)
+    scored = batch_shapes(validation, by_size, outline, method, settings, training=False)
     largest, most = (max(several, key=lambda shape: (shape.tokens, shape.length)) for several in (shapes, scored))
     steps = math.ceil(len(order) * settings.epochs / settings.accumulate)
     shared = _shared(place, outline, settings, largest, most, steps, storage, machine, forked)
@@ -198,18 +199,6 @@ def plan_run(
 def _size(shape: BatchShape, outline: PreTrainedModel) -> int:
     """The tokens of a batch as far as they make a difference to its products."""
     return -(-shape.tokens // ROWS) if outline.can_generate() else shape.tokens
-
-
-def _shape(examples: Any, places: Sequence[int], outline: PreTrainedModel) -> BatchShape:
-    """The shape of a batch of encoded examples; those of a language model have targets."""
-    if not outline.can_generate():
-        return BatchShape(
-            len(places), padded_length(max(examples.lengths[place] for place in places), examples.longest)
-        )
-    inputs, targets = ([column[place] for place in places] for column in (examples.inputs, examples.targets))
-    scored = sum(target != UNSCORED for row in targets for target in row)
-    width, wide = (padded_length(max(map(len, rows)), examples.longest) for rows in (inputs, targets))
-    return BatchShape(len(places), width, scored, wide if outline.config.is_encoder_decoder else 0)
 
 
 def _shared(

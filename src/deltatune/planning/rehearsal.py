@@ -167,7 +167,7 @@ class _Rehearsal:
         shaped(model)
         base = Base(model, cast(Any, None), "", "")
         task: Task = (
-            LanguageModelling(base, self.precision, chunked=True, packed=False)
+            LanguageModelling(base, self.precision, chunked=True, packs=False)
             if model.can_generate()
             else Classification(base, self.precision)
         )

@@ -96,6 +96,7 @@ _TRIED: Mapping[Piece, str] = {
     "pooled": "the last block gives the classifier what it gave, tried out just now",
     "products": "the loop is faster where pairs of bf16 are multiplied, but no tiles (benchmarks/pieces.py)",
     "rotations": "it turns the halves of a head, tried out just now",
+    "sharing": "texts that begin alike are given what they have in common, tried out just now",
 }
 
 
@@ -119,6 +120,8 @@ def _without(piece: Piece, base: Base, length: int) -> str:
         return "PyTorch's are faster on this processor, or the model is not in bf16"
     if piece == "rotations":
         return "the model has none that turn the halves of a head, or does more in the same function"
+    if piece == "sharing":
+        return "it takes packed texts and our own attention" if writes else "a classifier's texts stay by themselves"
     if piece == "packing":
         apart = "texts in one row are not told apart by this architecture's attention, or not with this one"
         return apart if writes else "a classifier's texts stay in rows of their own"

@@ -24,7 +24,7 @@ from deltatune.scoring import score_texts
 from deltatune.training.cross_entropy import cross_entropy_
 from deltatune.training.generation import Decoding, generate, prompts_before_answers
 from deltatune.training.modes import SCORED_TOKENS, evaluating
-from deltatune.training.packing import beginnings, can_pack, packed
+from deltatune.training.packing import Packing, find_packing
 from deltatune.training.precision import Computed, autocast
 from deltatune.training.task import Scores
 
@@ -37,8 +37,11 @@ _CHUNK = 2**26
 class LanguageModelling:
     """A decoder or encoder–decoder and the texts that it learns to write."""
 
+    packing: Packing | None = None
+    """How texts stand in one row, without padding; None where they do not."""
+
     def __init__(
-        self, base: Base, precision: Computed, *, chunked: bool | None = None, packed: bool | None = None
+        self, base: Base, precision: Computed, *, chunked: bool | None = None, packs: bool = True, shares: bool = True
     ) -> None:
         self.model = base.model
         self._tokenizer = base.tokenizer
@@ -47,8 +50,9 @@ class LanguageModelling:
         self._both = bool(base.model.config.is_encoder_decoder)
         self._chunked = chunked
         """Whether the output layer alone makes the logits; None until it was tried."""
-        self._packed = packed
-        """Whether texts stand in one row, without padding; None until it was tried whether they are told apart."""
+        self._packs, self._shares = packs, shares
+        """Whether texts may stand in one row, if it turns out that they can, and there have their beginning once."""
+        self._tried = False
 
     def encode(self, split: Dialogues, limit: int) -> Sequences:
         """The dialogues as token ids with their targets."""
@@ -115,26 +119,25 @@ class LanguageModelling:
         ]
         return Scores("rougeL", {**texts.figures, **plain.figures}, texts.examples["rougeL"], outputs, texts.variants)
 
-    def packs(self, batch: Batch) -> bool:
-        """Whether texts stand in one row: tried out the first time, as is whether the output layer makes the logits."""
+    def try_out(self, batch: Batch) -> None:
+        """The first time: finds whether the output layer alone makes the logits, and whether texts can be packed."""
         if self._chunked is None:
             self._chunked = self._output_layer_alone(batch)
-        if self._packed is None:
-            self._packed = self._chunked and can_pack(self.model, self.hidden, self._precision)
-        return self._packed
+        if self._chunked and self._packs and not self._tried:
+            self.packing = find_packing(self.model, self.hidden, self._precision, self._shares)
+        self._tried = True
 
     def _scored(
         self, batch: Batch
     ) -> tuple[Float[Tensor, "scored width"], Int[Tensor, " scored"], Int[Tensor, " scored"]]:
         """What the logits of scored tokens are made from, these tokens, and the row of the batch that each is in."""
         labels = batch.labels.to(self.model.device)
-        packs = self.packs(batch)
+        self.try_out(batch)
         ahead = 0 if self._both else 1  # a decoder says each token after the one before it
         rows, places = (labels[:, ahead:] != UNSCORED).nonzero(as_tuple=True)
-        if packs:
-            ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
-            begins = beginnings(mask).to(self.model.device)
-            entering = self.hidden(packed(self.model, ids, mask))[0, begins[rows] + places]
+        if self.packing is not None:
+            row = self.packing.row(batch.inputs["input_ids"], read_tokens(labels))
+            entering = self.hidden(row.inputs)[0, row.places[rows, places]]
         else:
             hidden = self.hidden(self._inputs(batch)) if self._chunked else self.run(batch)
             entering = hidden[rows, places]
@@ -194,6 +197,15 @@ class LanguageModelling:
         if not same:
             log.warning("%s changes its logits after the output layer: they are all kept", type(self.model).__name__)
         return same
+
+
+def read_tokens(labels: Int[Tensor, "texts length"]) -> Int[Tensor, " texts"]:
+    """Of how many tokens of each text anything is learnt: after the last one that is scored nobody asks.
+
+    That one itself is said, and not read.
+    """
+    places = torch.arange(labels.shape[1], device=labels.device)
+    return ((labels != UNSCORED) * places).amax(1).clamp_(min=1)
 
 
 class _Reached(Exception):  # noqa: N818  # it is no error

@@ -10,6 +10,7 @@
 | pooled | all tokens in the last block | encoders that classify by the first token |
 | products | PyTorch's products | frozen weights in bf16, on a CPU that multiplies pairs but has no matrix units |
 | rotations | rotary positions in half a dozen passes | where the two halves of a head are turned, on a CPU |
+| sharing | the beginning of each text by itself | packed texts that begin alike, with `attention` and no dropout |
 
 "On a CPU" means for `gates`, `norms`, `products` and `rotations`: where the operators of `kernels` are. What each is
 worth is measured by benchmarks/pieces.py.
@@ -28,7 +29,7 @@ from deltatune.models.products import replace_products
 from deltatune.models.rotations import replace_rotations
 from deltatune.training.attention import choose_attention
 
-Piece = Literal["attention", "dropout", "gates", "norms", "packing", "pooled", "products", "rotations"]
+Piece = Literal["attention", "dropout", "gates", "norms", "packing", "pooled", "products", "rotations", "sharing"]
 PIECES: tuple[Piece, ...] = get_args(Piece)
 FOR_A_CPU: tuple[Piece, ...] = ("attention", "dropout", "gates", "norms", "products", "rotations")
 """The pieces that a run on another device goes without."""

@@ -138,15 +138,20 @@ def profile_step(
 
 def pieces_of(model: PreTrainedModel, task: Task, batch: Batch, reads_one: bool) -> tuple[Piece, ...]:
     """The fast pieces that steps of a model have, after `quicken`; `reads_one` as `pooled` says."""
+    packing = None
+    if isinstance(task, LanguageModelling):
+        task.try_out(batch)
+        packing = task.packing
     runs: dict[Piece, bool] = {
         "attention": model.config._attn_implementation == short_attention.NAME,
         "dropout": any(isinstance(module, Dropout) for module in model.modules()),
         "gates": has_gates(model),
         "norms": any(isinstance(module, RMSNorm) for module in model.modules()),
-        "packing": isinstance(task, LanguageModelling) and task.packs(batch),
+        "packing": packing is not None,
         "pooled": reads_one,
         "products": has_products(model),
         "rotations": has_rotations(model),
+        "sharing": packing is not None and packing.shares,
     }
     return tuple(piece for piece in PIECES if runs[piece])
 

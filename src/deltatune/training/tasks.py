@@ -15,7 +15,7 @@ from deltatune.training.task import Task
 def task_for(base: Base, precision: Computed, plain: Collection[Piece] = ()) -> Task:
     """The task that the base was loaded for, without the fast pieces named in `plain`."""
     if base.task == "generation":
-        return LanguageModelling(base, precision, packed=False if "packing" in plain else None)
+        return LanguageModelling(base, precision, packs="packing" not in plain, shares="sharing" not in plain)
     return Classification(base, precision)
 
 
