@@ -8,10 +8,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import deltatune
-from deltatune import LoRA, kernels
+from deltatune import Base, LoRA, kernels
+from deltatune.data.tokens import Tokens
 from deltatune.models.products import has_products, replace_products
 from deltatune.models.quantise import quantise
+from deltatune.training.tasks import task_for
 from deltatune.weights import weight_of
+from tiny import tiny_model, tokenizer
 
 needs_products = pytest.mark.skipif(not kernels.multiplies_pairs(), reason="no processor for products of our own")
 
@@ -74,6 +77,17 @@ def test_an_adapted_layer_multiplies_with_its_frozen_weight_in_it_too(monkeypatc
     assert model[0].frozen._quick
     near(model(x), before)
     assert seen == [(96, 64), (32, 96)], "the last layer has no whole registers of outputs"
+
+
+@needs_products
+def test_texts_are_padded_no_further_than_the_longest_where_products_are_ours() -> None:
+    """Our loops take any shape; PyTorch's library makes new kernels for each, so it sees lengths by eights."""
+    model = tiny_model("bert", labels=2).requires_grad_(False).to(torch.bfloat16)
+    task = task_for(Base(model, tokenizer("bert"), "", ""), "bf16")
+    texts = Tokens(tuple({"input_ids": [5] * length} for length in (3, 13, 19)), (0, 1, 0), 0)
+    assert task.collate(texts, (0, 1)).inputs["input_ids"].shape == (2, 16)
+    replace_products(model)
+    assert task.collate(texts, (0, 1)).inputs["input_ids"].shape == (2, 13)
 
 
 def test_without_such_a_processor_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:

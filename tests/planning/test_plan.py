@@ -267,7 +267,7 @@ def test_a_batch_is_planned_with_the_tokens_that_its_row_has(options: dict, trai
     rows = tuple([5, 6, 7, *range(8, 8 + length)] for length in (9, 14, 30, 21))
     examples = Sequences(rows, tuple([*[UNSCORED] * 5, *row[5:]] for row in rows), 0)
     model, method = tiny_language_model("llama"), make("lora", options)
-    [shape] = batch_shapes(examples, [range(4)], model, method, Training(plain=plain), training=training)
+    [shape] = batch_shapes(examples, [range(4)], model, method, Training(plain=plain), 8, training=training)
     deltatune.attach(model, method)
     model.config.pad_token_id = 0
     quicken(model, 64)

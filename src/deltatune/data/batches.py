@@ -5,6 +5,8 @@ batches are shuffled again. Which examples meet is random to the size of a windo
 
 Few shapes occur: for every new one the library of a processor makes new kernels, which takes time and stays in memory.
 Rows have a multiple of 8 tokens, and as many rows as fit are together: longest first, so that the first says how many.
+Which examples are together is the same on every machine; where products are our own, which take any shape, rows are
+filled no further than the longest of them needs.
 """
 
 from collections.abc import Sequence
@@ -42,9 +44,9 @@ class Batch:
     """What the loss is the mean over: examples, or scored tokens."""
 
 
-def padded_length(length: int, longest: int) -> int:
-    """The next multiple of 8; no more than the longest example has, since a model may have no places for more."""
-    return min(-(-length // STEP) * STEP, longest)
+def padded_length(length: int, longest: int, step: int = STEP) -> int:
+    """The next multiple of `step`; no more than the longest example has: a model may have no places for more."""
+    return min(-(-length // step) * step, longest)
 
 
 def epoch(lengths: Sequence[int], budget: int, generator: np.random.Generator) -> list[list[int]]:
@@ -72,11 +74,11 @@ def in_order(lengths: Sequence[int], budget: int, places: Sequence[int]) -> list
     return batches
 
 
-def collate(tokens: Tokens, places: Sequence[int], pad: int) -> Batch:
-    """The examples at `places` as padded tensors."""
+def collate(tokens: Tokens, places: Sequence[int], pad: int, step: int = STEP) -> Batch:
+    """The examples at `places` as tensors padded to a multiple of `step`."""
     examples = [tokens.fields[place] for place in places]
     lengths = [len(example["input_ids"]) for example in examples]
-    width = padded_length(max(lengths), tokens.longest)
+    width = padded_length(max(lengths), tokens.longest, step)
     inputs = {
         name: _padded([example[name] for example in examples], width, pad if name == "input_ids" else 0)
         for name in examples[0]
@@ -86,12 +88,12 @@ def collate(tokens: Tokens, places: Sequence[int], pad: int) -> Batch:
     return Batch({**inputs, "attention_mask": mask.long()}, labels, tuple(places), sum(lengths), len(places))
 
 
-def collate_sequences(sequences: Sequences, places: Sequence[int], pad: int) -> Batch:
-    """The examples at `places` as padded tensors; a decoder's targets stand under its input, others by themselves."""
+def collate_sequences(sequences: Sequences, places: Sequence[int], pad: int, step: int = STEP) -> Batch:
+    """As `collate`; a decoder's targets stand under its input, others by themselves."""
     inputs = [sequences.inputs[place] for place in places]
     targets = [sequences.targets[place] for place in places]
     lengths = torch.tensor([len(ids) for ids in inputs])
-    width, wide = (padded_length(max(map(len, rows)), sequences.longest) for rows in (inputs, targets))
+    width, wide = (padded_length(max(map(len, rows)), sequences.longest, step) for rows in (inputs, targets))
     return Batch(
         inputs={
             "input_ids": _padded(inputs, width, pad),

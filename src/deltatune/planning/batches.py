@@ -22,24 +22,25 @@ def batch_shapes(
     outline: PreTrainedModel,
     method: Method,
     settings: Training,
+    step: int,
     *,
     training: bool,
 ) -> list[BatchShape]:
     """The shape of each batch of encoded examples, given as places; those of a language model have targets.
 
+    Padded lengths are multiples of `step`.
     Packed texts count as so many of one length as have their tokens together. Whether texts are packed is tried out in
     a run; here it is what is usual.
     """
     if not outline.can_generate():
-        return [
-            BatchShape(len(one), padded_length(max(examples.lengths[place] for place in one), examples.longest))
-            for one in batches
-        ]
+        longest = [max(examples.lengths[place] for place in one) for one in batches]
+        widths = [padded_length(length, examples.longest, step) for length in longest]
+        return [BatchShape(len(one), width) for one, width in zip(batches, widths, strict=True)]
     both, parts = outline.config.is_encoder_decoder, parts_of(method)
     packs = not both and "packing" not in settings.plain and not any(isinstance(part, SoftPrompt) for part in parts)
     drops = training and (_drops(outline) or any(getattr(part, "dropout", 0) for part in parts))
     shares = "sharing" not in settings.plain and not drops
-    return [_packed(examples, one, shares) if packs else _padded(examples, one, both) for one in batches]
+    return [_packed(examples, one, shares) if packs else _padded(examples, one, both, step) for one in batches]
 
 
 def _packed(examples: Sequences, places: Sequence[int], shares: bool) -> BatchShape:
@@ -50,10 +51,10 @@ def _packed(examples: Sequences, places: Sequence[int], shares: bool) -> BatchSh
     return BatchShape(len(places), -(-row // len(places)), batch.units)
 
 
-def _padded(examples: Sequences, places: Sequence[int], both: bool) -> BatchShape:
+def _padded(examples: Sequences, places: Sequence[int], both: bool, step: int) -> BatchShape:
     inputs, targets = ([column[place] for place in places] for column in (examples.inputs, examples.targets))
     scored = sum(target != UNSCORED for row in targets for target in row)
-    width, wide = (padded_length(max(map(len, rows)), examples.longest) for rows in (inputs, targets))
+    width, wide = (padded_length(max(map(len, rows)), examples.longest, step) for rows in (inputs, targets))
     return BatchShape(len(places), width, scored, wide if both else 0)
 
 

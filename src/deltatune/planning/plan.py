@@ -11,7 +11,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from deltatune.data import DialogueData, TextData
-from deltatune.data.batches import ROWS, by_length, epoch
+from deltatune.data.batches import ROWS, STEP, by_length, epoch
 from deltatune.data.tokens import length_limit
 from deltatune.errors import UserError
 from deltatune.methods import METHODS, Method, make, parse
@@ -26,6 +26,7 @@ from deltatune.planning.calibration import this_machine
 from deltatune.planning.machine import Machine, read_machine
 from deltatune.planning.memory import Memory, kernels, memory_of
 from deltatune.planning.rehearsal import BatchShape, Rehearsed, rehearse
+from deltatune.planning.work import OWN_PRODUCT
 from deltatune.training.modes import SCORED_TOKENS
 from deltatune.training.pieces import FOR_A_CPU
 from deltatune.training.precision import Computed
@@ -184,9 +185,12 @@ def plan_run(
     limit = length_limit(tokenizer, outline.config, settings.max_length, getattr(method, "virtual_tokens", 0))
     examples, validation = task.encode(data.train, limit), task.encode(data.validation, limit)
     order = epoch(examples.lengths, settings.batch_tokens, np.random.default_rng(seed))
-    shapes = batch_shapes(examples, order, outline, method, settings, training=True)
+    machine = _machine(machine)
+    own = f"{OWN_PRODUCT} bfloat16" in machine.products and "products" not in settings.plain
+    step = 1 if own and settings.precision != "fp32" else STEP
+    shapes = batch_shapes(examples, order, outline, method, settings, step, training=True)
     by_size = by_length(validation.lengths, SCORED_TOKENS)
-    scored = batch_shapes(validation, by_size, outline, method, settings, training=False)
+    scored = batch_shapes(validation, by_size, outline, method, settings, step, training=False)
     largest, most = (max(several, key=lambda shape: (shape.tokens, shape.length)) for several in (shapes, scored))
     steps = math.ceil(len(order) * settings.epochs / settings.accumulate)
     shared = _shared(place, outline, settings, largest, most, steps, storage, machine, forked)
@@ -212,7 +216,7 @@ def _shared(
     machine: str | Machine,
     forked: bool = False,
 ) -> _Planned:
-    found = machine if isinstance(machine, Machine) else read_machine(machine) if machine else this_machine()
+    found = _machine(machine)
     precision: Computed = found.precision if settings.precision == "auto" else settings.precision
     words = storage if isinstance(storage, str) else str(dict(storage))
     held = {id(tensor): tensor for tensor in (*outline.parameters(), *outline.buffers())}
@@ -220,6 +224,10 @@ def _shared(
     loaded = sum(t.numel() * 4 if t.is_floating_point() else t.nbytes for t in held.values())
     file = _file_bytes(place, outline)
     return _Planned(place, outline, found, precision, settings, batch, scoring, steps, words, file, loaded, forked)
+
+
+def _machine(machine: str | Machine) -> Machine:
+    return machine if isinstance(machine, Machine) else read_machine(machine) if machine else this_machine()
 
 
 def _file_bytes(place: Place, outline: PreTrainedModel) -> float:

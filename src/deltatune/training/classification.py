@@ -11,6 +11,7 @@ from deltatune.data.batches import Batch, by_length, collate
 from deltatune.data.examples import Split
 from deltatune.data.tokens import Tokens, tokenize
 from deltatune.models.base import Base
+from deltatune.models.products import length_step
 from deltatune.training.generation import Decoding
 from deltatune.training.modes import SCORED_TOKENS, evaluating
 from deltatune.training.precision import Computed, autocast
@@ -31,7 +32,7 @@ class Classification:
 
     def collate(self, examples: Tokens, places: Sequence[int]) -> Batch:
         """The examples at `places`, padded on the right."""
-        return collate(examples, places, self.model.config.pad_token_id)
+        return collate(examples, places, self.model.config.pad_token_id, length_step(self.model))
 
     def run(self, batch: Batch) -> Float[Tensor, "examples labels"]:
         """The logits."""

@@ -20,6 +20,7 @@ from deltatune.data.dialogues import Dialogues
 from deltatune.data.encode import encode, references
 from deltatune.data.sequences import UNSCORED, Sequences
 from deltatune.models.base import Base
+from deltatune.models.products import length_step
 from deltatune.scoring import score_texts
 from deltatune.training.cross_entropy import cross_entropy_
 from deltatune.training.generation import Decoding, generate, prompts_before_answers
@@ -60,7 +61,7 @@ class LanguageModelling:
 
     def collate(self, examples: Sequences, places: Sequence[int]) -> Batch:
         """The examples at `places`, padded on the right."""
-        return collate_sequences(examples, places, self._pad)
+        return collate_sequences(examples, places, self._pad, length_step(self.model))
 
     def run(self, batch: Batch) -> Float[Tensor, "examples length vocabulary"]:
         """All logits at once."""
