@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from deltatune import kernels
-from deltatune.data.batches import STEP
 from deltatune.weights import QuantisedLinear, is_linear, weight_of
 from deltatune.weights.frozen import QUICK, linear
 
@@ -31,11 +30,6 @@ def replace_products(model: nn.Module) -> None:
 def has_products(model: nn.Module) -> bool:
     """Whether a layer of the model does."""
     return any(QUICK in vars(module) for module in model.modules())
-
-
-def length_step(model: nn.Module) -> int:
-    """Padded lengths are to be multiples of this: 1 where products are our own, which take any shape as well."""
-    return 1 if has_products(model) else STEP
 
 
 def _frozen(module: nn.Module) -> bool:

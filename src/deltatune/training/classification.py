@@ -11,9 +11,9 @@ from deltatune.data.batches import Batch, by_length, collate
 from deltatune.data.examples import Split
 from deltatune.data.tokens import Tokens, tokenize
 from deltatune.models.base import Base
-from deltatune.models.products import length_step
 from deltatune.training.generation import Decoding
 from deltatune.training.modes import SCORED_TOKENS, evaluating
+from deltatune.training.packing import length_step
 from deltatune.training.precision import Computed, autocast
 from deltatune.training.task import Scores
 

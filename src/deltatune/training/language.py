@@ -20,12 +20,11 @@ from deltatune.data.dialogues import Dialogues
 from deltatune.data.encode import encode, references
 from deltatune.data.sequences import UNSCORED, Sequences
 from deltatune.models.base import Base
-from deltatune.models.products import length_step
 from deltatune.scoring import score_texts
 from deltatune.training.cross_entropy import cross_entropy_
 from deltatune.training.generation import Decoding, generate, prompts_before_answers
 from deltatune.training.modes import SCORED_TOKENS, evaluating
-from deltatune.training.packing import Packing, find_packing
+from deltatune.training.packing import Packing, find_packing, length_step
 from deltatune.training.precision import Computed, autocast
 from deltatune.training.task import Scores
 

@@ -101,6 +101,11 @@ class Packing:
         return self._draws
 
 
+def length_step(model: PreTrainedModel) -> int:
+    """Padded lengths are to be multiples of this: 1 where products are our own, which take any shape as well."""
+    return 1 if has_products(model) else STEP
+
+
 def common_beginning(ids: Int[Tensor, "texts length"], lengths: Int[Tensor, " texts"]) -> int:
     """Tokens with which all texts begin; to each at least one is left. None where there is one text alone."""
     if len(ids) == 1:
