@@ -110,7 +110,8 @@ def common_beginning(ids: Int[Tensor, "texts length"], lengths: Int[Tensor, " te
     """Tokens with which all texts begin; to each at least one is left. None where there is one text alone."""
     if len(ids) == 1:
         return 0
-    same = (ids[:, : int(lengths.min()) - 1] == ids[0, : int(lengths.min()) - 1]).all(0)
+    most = int(lengths.min()) - 1
+    same = (ids[:, :most] == ids[0, :most]).all(0)
     return int(same.long().cumprod(0).sum())
 
 
