@@ -22,7 +22,7 @@ from deltatune.models.norms import replace_norms
 from deltatune.models.rotations import replace_rotations, rotated
 from deltatune.training.cross_entropy import cross_entropy_
 from deltatune.training.pieces import quicken
-from deltatune.weights.codec import decode, encode
+from deltatune.weights.codec import codes_of, decode, encode
 from deltatune.weights.storage import FORMATS, parse_storage
 from tiny import tiny_language_model
 
@@ -121,6 +121,23 @@ def test_products(sizes: tuple[int, int, int], turned: bool, updated: bool) -> N
 
 
 @needs_products
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
+@pytest.mark.parametrize("sizes", [(7, 32, 96), (103, 224, 288), (9, 4128, 64)], ids=str)
+@pytest.mark.parametrize("words", ["nf4", "nf4:double=false", "fp4:block=256", "nf3:block=32", "nf2", "int8"])
+def test_products_with_codes(words: str, sizes: tuple[int, int, int], turned: bool) -> None:
+    (tokens, width, out), storage = sizes, parse_storage(words)
+    packed = encode(numbers(out, width, dtype=torch.float32), storage)
+    weight = decode(packed, storage, torch.empty(out * width, dtype=torch.bfloat16)).view(out, width)
+    weight = weight.T if turned else weight
+    outer, inner = weight.shape
+    x, bias = numbers(tokens, inner, dtype=torch.bfloat16, seed=1), numbers(outer, dtype=torch.bfloat16, seed=2)
+    update = numbers(tokens, 8, dtype=torch.float32, seed=2), numbers(5, outer, dtype=torch.float32, seed=3)
+    assert kernels.multiplies_codes(x, out, width)
+    found = kernels.product_with_codes(x, codes_of(packed, storage), (out, width), turned, bias, update)
+    assert torch.equal(found, kernels.product(x, weight, bias, update))
+
+
+@needs_products
 def test_products_that_are_not_ours_stay_with_pytorch() -> None:
     x, weight = (numbers(32, 64, dtype=torch.bfloat16) for _ in range(2))
     assert kernels.multiplies(x, weight)
@@ -150,10 +167,11 @@ def test_low_rank_updates_give_the_same_bits_again() -> None:
 @pytest.mark.parametrize("shape", [(1, 2), (3, 16), (5, 37), (41, 576)], ids=str)
 def test_scaled_columns(shape: tuple[int, int], biased: bool, dtype: torch.dtype) -> None:
     x, dy = numbers(*shape, dtype=dtype), numbers(*shape, dtype=dtype, seed=1)
-    factors, bias = (numbers(shape[1], dtype=torch.float32, seed=seed) for seed in (2, 3))
-    exact, dx, products = formula(lambda x, factors: x * factors + (bias.double() if biased else 0), dy, x, factors)
-    near(kernels.scale_columns(x, factors, bias if biased else None), exact)
-    for found, wanted in zip(kernels.scale_columns_backward(x, factors, dy), (dx, products), strict=True):
+    m, n, bias = (numbers(shape[1], dtype=torch.float32, seed=seed) for seed in (2, 4, 3))
+    n = n.abs() + 0.5
+    exact, dx, dm = formula(lambda x, m: x * m / n.double() + (bias.double() if biased else 0), dy, x, m)
+    near(kernels.scale_columns(x, m, n, bias if biased else None), exact)
+    for found, wanted in zip(kernels.scale_columns_backward(x, m, n, dy), (dx, dm), strict=True):
         near(found, wanted)
 
 
@@ -397,6 +415,7 @@ def everything(dtype: torch.dtype) -> list[Tensor]:
     """What each operator gives for sizes that fill no whole registers."""
     x, dy, up = (numbers(13, 37, dtype=dtype, seed=seed) for seed in range(3))
     weight, factors = numbers(37, dtype=dtype, seed=3), numbers(37, dtype=torch.float32, seed=4)
+    norms = factors.abs() + 0.5
     A, B = numbers(3, 37, dtype=torch.float32), numbers(37, 3, dtype=torch.float32)
     y, scales = kernels.rms_norm(x, weight, 1e-5)
     h, factor = kernels.low_rank(x, A, B, 0.5)
@@ -410,7 +429,7 @@ def everything(dtype: torch.dtype) -> list[Tensor]:
         kernels.gated_silu(x, up), *kernels.gated_silu_backward(x, up, dy),
         kernels.rotate(x[:, :36].reshape(13, 2, 18), x[:, :18], up[:, :18], False), attended, *passed,
         kernels.low_rank_output(h, factor, weight, dtype), *kernels.low_rank_backward(x, h, dy, factor, 0.5)[1:],
-        kernels.scale_columns(x, factors, factors), *kernels.scale_columns_backward(x, factors, dy),
+        kernels.scale_columns(x, factors, norms, factors), *kernels.scale_columns_backward(x, factors, norms, dy),
         kernels.updated_norms(x, A, B[:13].contiguous(), 0.5, factors[:13].abs()),
         logits, losses, kernels.drop(x, 0.3, 7),
         *(decode(encode(x, storage), storage, x.new_empty(x.numel())) for storage in map(parse_storage, FORMATS[:5])),

@@ -7,6 +7,7 @@ first and has another way. They are operators of PyTorch's, so what watches thos
 from deltatune.kernels.attention import Sees, attends, attention, attention_backward
 from deltatune.kernels.loops import missing, multiplies_pairs, ready, wide
 from deltatune.kernels.passes import (
+    Codes,
     cross_entropy_,
     decode,
     drop,
@@ -21,13 +22,16 @@ from deltatune.kernels.products import (
     low_rank_backward,
     low_rank_output,
     multiplies,
+    multiplies_codes,
     product,
+    product_with_codes,
     scale_columns,
     scale_columns_backward,
     updated_norms,
 )
 
 __all__ = [
+    "Codes",
     "Sees",
     "attends",
     "attention",
@@ -42,8 +46,10 @@ __all__ = [
     "low_rank_output",
     "missing",
     "multiplies",
+    "multiplies_codes",
     "multiplies_pairs",
     "product",
+    "product_with_codes",
     "ready",
     "rms_norm",
     "rms_norm_backward",

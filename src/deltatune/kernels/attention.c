@@ -2,50 +2,56 @@
 
 #include "numbers.h"
 
-enum { QUERIES = 32, ROWS = 4, VECTORS = 4 };
+enum { QUERIES = 32, TILE = 16 };
 
+/* Of `tall` rows and `vectors` times 16 columns, which registers hold. */
 INLINE void tile(const unit *a, size down, size right, const unit *b, size width, float *c, size stride, size rows, size inner,
-                 int vectors, int add)
+                 int tall, int vectors, int add)
 {
-    floats sums[ROWS][VECTORS];
-    const unit *from[ROWS];
-    EACH(r, ROWS) /* where there are fewer rows, the first stands in for the others */
+    floats sums[TILE];
+    const unit *from[TILE];
+    EACH(r, tall) /* where there are fewer rows, the first stands in for the others */
     {
         from[r] = a + (r < rows ? r : 0) * down;
-        EACH(v, VECTORS) if (v < vectors)
-            sums[r][v] = add ? load_floats(c + (r < rows ? r : 0) * stride + v * LANES, LANES) : all(0);
+        EACH(v, vectors)
+            sums[r * vectors + v] = add ? load_floats(c + (r < rows ? r : 0) * stride + v * LANES, LANES) : all(0);
     }
     for (size k = 0; k < inner; k++) {
-        units many[VECTORS];
-        EACH(v, VECTORS) if (v < vectors) memcpy(&many[v], b + k * width + v * LANES, sizeof many[v]);
-        EACH(r, ROWS)
-            EACH(v, VECTORS) if (v < vectors) sums[r][v] = add_product(sums[r][v], from[r][k * right], many[v]);
+        units many[4];
+        EACH(v, vectors) memcpy(&many[v], b + k * width + v * LANES, sizeof many[v]);
+        EACH(r, tall)
+        {
+            unit one = from[r][k * right];
+            EACH(v, vectors) sums[r * vectors + v] = add_product(sums[r * vectors + v], one, many[v]);
+        }
     }
-    EACH(r, ROWS)
-        EACH(v, VECTORS) if (v < vectors && r < rows) store_floats(c + r * stride + v * LANES, sums[r][v], LANES);
+    EACH(r, tall) if (r < rows)
+        EACH(v, vectors) store_floats(c + r * stride + v * LANES, sums[r * vectors + v], LANES);
 }
 
 /* c = a·b, or c += a·b: a(r, k) is at a[r·down + k·right], a row of b has `width` units, and one of c `stride` numbers. */
 static void multiply(const unit *a, size down, size right, const unit *b, size width, float *c, size stride, size rows,
                      size columns, size inner, int add)
 {
-    for (size n = 0; n < columns; n += VECTORS * LANES)
-        for (size r = 0; r < rows; r += ROWS) {
+    for (size n = 0; n < columns;) {
+        size vectors = (columns - n) / LANES >= 4 ? 4 : (columns - n) / LANES >= 2 ? 2 : 1, tall = vectors == 4 ? 4 : 8;
+        for (size r = 0; r < rows; r += tall) {
             const unit *from = a + r * down, *with = b + n;
             float *to = c + r * stride + n;
-            size left = rows - r, vectors = (columns - n) / LANES;
-            if (vectors >= 4) tile(from, down, right, with, width, to, stride, left, inner, 4, add);
-            else if (vectors == 3) tile(from, down, right, with, width, to, stride, left, inner, 3, add);
-            else if (vectors == 2) tile(from, down, right, with, width, to, stride, left, inner, 2, add);
-            else tile(from, down, right, with, width, to, stride, left, inner, 1, add);
+            if (vectors == 4) tile(from, down, right, with, width, to, stride, rows - r, inner, 4, 4, add);
+            else if (vectors == 2) tile(from, down, right, with, width, to, stride, rows - r, inner, 8, 2, add);
+            else tile(from, down, right, with, width, to, stride, rows - r, inner, 8, 1, add);
         }
+        n += vectors * LANES;
+    }
 }
 
-/* Rows of `width` numbers as units along the rows, filled up with zeros. */
+/* Rows of `width` numbers as units along the rows, as many rows as fill registers; what is missing is zero. */
 INLINE void along_rows(unit *to, const number *x, size stride, size count, size width)
 {
-    for (size r = 0; r < count; r++)
-        for (size i = 0; i < width; i += LANES) put(to + r * filled(width) / PAIR, i, load(x + r * stride + i, width - i));
+    for (size r = 0; r < filled(count); r++)
+        for (size i = 0; i < width; i += LANES)
+            put(to + r * filled(width) / PAIR, i, r < count ? load(x + r * stride + i, width - i) : all(0));
 }
 
 /* The same turned: for each unit along a row those of all rows, filled up with zeros. */
@@ -74,22 +80,11 @@ INLINE void down_columns(unit *to, const number *x, size stride, size count, siz
         }
 }
 
-/* The same of rows in fp32, of which columns `from` to `until` are meant. */
-INLINE void down_scores(unit *to, const float *x, size stride, size count, size from, size until)
-{
-    for (size r = 0; r < count; r += PAIR)
-        for (size i = from; i < until; i += LANES) {
-            floats next = r + 1 < count ? load_floats(x + (r + 1) * stride + i, LANES) : all(0);
-            units both = paired(load_floats(x + r * stride + i, LANES), next);
-            memcpy(to + r / PAIR * stride + i, &both, sizeof both);
-        }
-}
-
 /* Texts side by side, or (with bounds) one after another in one row. None sees more than so many tokens. With bounds the
    first `shared` tokens of the row are the beginning of every text, though they stand in the first alone. Where a text, a
    head and a token begin is told by strides; bias is found by text, group, member of the group and query. */
 struct job {
-    size texts, heads, groups, queries, tokens, width, causal, window, shared, q[3], k[3], v[3], bias[4], seed, bar;
+    size texts, heads, groups, queries, tokens, width, rows, causal, window, shared, q[3], k[3], v[3], bias[4], seed, bar;
 };
 
 /* One text and one group of heads: its own tokens ask, and they see those that stand elsewhere (`before` of them), too. */
@@ -132,7 +127,8 @@ struct block {
     size query, count; /* the first of them, and how many */
     size place;        /* of the first among the tokens that the text sees */
     size head, row;    /* the head, and the row of the first query among all texts' */
-    size from, until;  /* the keys that any of them sees, in whole registers */
+    size from, until;  /* the keys that any of them sees, in whole units */
+    size across;       /* the queries in whole registers: what stands in their lanes has a row of so many for each key */
     const number *q, *bias;
 };
 
@@ -143,30 +139,44 @@ static struct block block_of(const struct job *job, const struct task *task, int
     block.head = task->group * (job->heads / job->groups) + member;
     block.row = (packed ? task->begin : task->text * job->queries) + query;
     block.place = task->before + query;
-    block.from = job->window && block.place >= job->window ? (block.place - job->window + 1) / LANES * LANES : 0;
-    block.until = filled(job->causal ? block.place + block.count : task->tokens);
+    block.from = job->window && block.place >= job->window ? (block.place - job->window + 1) / PAIR * PAIR : 0;
+    block.until = ((job->causal ? block.place + block.count : task->tokens) + PAIR - 1) / PAIR * PAIR;
+    block.across = filled(block.count);
     block.q = q + (packed ? 0 : task->text * job->q[0]) + block.head * job->q[1] + (task->begin + query) * job->q[2];
     if (bias)
         block.bias = bias + task->text * job->bias[0] + task->group * job->bias[1] + member * job->bias[2] + query * job->bias[3];
     return block;
 }
 
-/* Scores of 16 keys for query `r` of a block, in fp32; minus infinity for those that it does not see. */
-INLINE floats score(const struct job *job, const struct task *task, const struct block *block, const float *scores, size r,
-                    size key, float scaling)
+/* The bias of each key for the queries of a block, which stand in lanes. */
+static void turn_bias(const struct block *block, size stride, size tokens, float *biases)
 {
-    ints place = (int)key + (ints){0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    size high = job->causal ? block->place + r + 1 : task->tokens;
-    size low = job->window ? block->place + r + 1 - job->window : 0;
-    floats z = load_floats(scores + key, LANES) * scaling;
-    if (block->bias) z += load(block->bias + r * job->bias[3] + key, task->tokens - key);
-    return choose((place < (int)high) & (place >= (int)low), z, all(-INFINITY));
+    for (size r = 0; r < block->across; r += LANES)
+        for (size key = 0; key < tokens; key += LANES) {
+            float rows[LANES * LANES];
+            EACH(one, LANES)
+                store_floats(rows + one * LANES, r + one < block->count ? load(block->bias + (r + one) * stride + key, tokens - key) : all(0), LANES);
+            transpose((const unit *)rows, LANES, (unit *)biases + key * block->across + r, block->across);
+        }
 }
 
-/* What 16 weights of query `r` are multiplied by in dropout. */
+/* A key's scores for 16 queries from number `r` on, in fp32; minus infinity for those that do not see it. */
+INLINE floats score(const struct job *job, const struct task *task, const struct block *block, const float *scores,
+                    const float *biases, size r, size key, float scaling)
+{
+    size at = key * block->across + r, before = key - block->place - r; /* so many queries stand before the key */
+    size low = key >= task->tokens ? LANES : job->causal ? before : 0, high = job->window ? before + job->window : LANES;
+    floats z = load_floats(scores + at, LANES) * scaling;
+    if (block->bias) z += load_floats(biases + at, LANES);
+    if (low <= 0 && high >= LANES) return z;
+    ints lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    return choose((lane >= (int)low) & (lane < (int)high), z, all(-INFINITY));
+}
+
+/* What the weights of a key are multiplied by in dropout, for 16 queries from number `r` on. */
 INLINE floats stays(const struct job *job, const struct block *block, size r, size key, float scale)
 {
-    uint64_t seed = mixed(job->seed), at = ((block->row + r) * job->heads + block->head) * filled(job->tokens) + key;
+    uint64_t seed = mixed(job->seed), at = (block->head * filled(job->tokens) + key) * job->rows + block->row + r;
     words bits = scattered((uint32_t)at, (uint32_t)seed, (uint32_t)(seed >> 32) ^ (uint32_t)(at >> 32));
     return choose((ints)(bits >> 16) >= (int)job->bar, all(scale), all(0));
 }
@@ -179,8 +189,8 @@ static inline void *take(char **room, size count)
     return here;
 }
 
-/* Of each query `tops` has the highest score and 1 / the sum of the others' exponentials below it. Dropout leaves a weight
-   with `scale`, which is 0 where there is none. */
+/* Of each head `tops` has its queries' highest scores, and then 1 / the sums of the exponentials below them. Dropout leaves
+   a weight with `scale`, which is 0 where there is none. */
 void attention(const number *q, const number *k, const number *v, const number *bias, const int32_t *bounds,
                const struct job *job, float scaling, float scale, number *y, float *tops, char *memory, size each, size threads)
 {
@@ -188,48 +198,52 @@ void attention(const number *q, const number *k, const number *v, const number *
 #pragma omp parallel num_threads(threads)
     {
         char *room = memory + omp_get_thread_num() * each;
-        unit *keys = take(&room, width * wide), *values = take(&room, wide * width);
+        unit *keys = take(&room, wide * width), *values = take(&room, wide * width);
         unit *asked = take(&room, QUERIES * width), *weights = take(&room, QUERIES * wide);
-        float *scores = take(&room, QUERIES * wide), *sums = take(&room, QUERIES * width);
+        float *scores = take(&room, QUERIES * wide), *biases = take(&room, QUERIES * wide);
+        float *sums = take(&room, QUERIES * width);
         number *both = take(&room, 2 * wide * width);
 #pragma omp for schedule(dynamic)
         for (size index = 0; index < job->texts * job->groups; index++) {
             struct task task = task_of(job, bounds, k, v, both, index);
-            size across = filled(task.tokens);
-            turned(keys, task.k, task.k_stride, task.tokens, job->width);
+            along_rows(keys, task.k, task.k_stride, task.tokens, job->width);
             down_columns(values, task.v, task.v_stride, task.tokens, job->width);
             for (size member = 0; member < job->heads / job->groups; member++)
                 for (size query = 0; query < task.queries; query += QUERIES) {
                     struct block block = block_of(job, &task, !!bounds, q, bias, member, query);
-                    size from = block.from, until = block.until;
-                    along_rows(asked, block.q, job->q[2], block.count, job->width);
-                    multiply(asked, width / PAIR, 1, keys + from, across, scores + from, across, block.count, until - from,
-                             width / PAIR, 0);
-                    for (size r = 0; r < block.count; r++) {
-                        float *here = scores + r * across, *top = tops + 2 * ((block.row + r) * job->heads + block.head);
-                        floats most = all(-INFINITY), all_of_them = {0};
-                        for (size key = from; key < until; key += LANES) {
-                            floats z = score(job, &task, &block, here, r, key, scaling);
-                            store_floats(here + key, z, LANES);
-                            most = choose(z > most, z, most);
+                    size from = block.from, until = block.until, across = block.across;
+                    float *highs = tops + 2 * block.head * job->rows + block.row, *shares = highs + job->rows;
+                    turned(asked, block.q, job->q[2], block.count, job->width);
+                    multiply(keys + from * width / PAIR, width / PAIR, 1, asked, across, scores + from * across, across,
+                             until - from, across, width / PAIR, 0);
+                    if (bias) turn_bias(&block, job->bias[3], task.tokens, biases);
+                    for (size r = 0; r < across; r += LANES) {
+                        floats most = all(-INFINITY), sum = {0};
+                        for (size key = from; key < until; key++) {
+                            floats z = score(job, &task, &block, scores, biases, r, key, scaling);
+                            store_floats(scores + key * across + r, z, LANES);
+                            most = larger(z, most);
                         }
-                        top[0] = highest(most);
-                        for (size key = from; key < until; key += LANES) {
-                            floats weight = exponential(load_floats(here + key, LANES) - top[0]);
-                            all_of_them += weight;
-                            if (scale) weight *= stays(job, &block, r, key, scale);
-                            put(weights + r * across / PAIR, key, weight);
+                        for (size key = from; key < until; key += PAIR) {
+                            floats weight[PAIR];
+                            EACH(p, PAIR)
+                            {
+                                weight[p] = exponential(load_floats(scores + (key + p) * across + r, LANES) - most);
+                                sum += weight[p];
+                                if (scale) weight[p] *= stays(job, &block, r, key + p, scale);
+                            }
+                            units pair = paired(weight[0], weight[PAIR - 1]);
+                            memcpy(weights + key / PAIR * across + r, &pair, sizeof pair);
                         }
-                        top[1] = 1 / total(all_of_them);
+                        store_floats(highs + r, most, block.count - r);
+                        store_floats(shares + r, 1 / sum, block.count - r);
                     }
-                    multiply(weights + from / PAIR, across / PAIR, 1, values + from / PAIR * width, width, sums, width,
+                    multiply(weights + from / PAIR * across, 1, across, values + from / PAIR * width, width, sums, width,
                              block.count, width, (until - from) / PAIR, 0);
-                    for (size r = 0; r < block.count; r++) {
-                        size place = (block.row + r) * job->heads + block.head;
+                    for (size r = 0; r < block.count; r++)
                         for (size i = 0; i < job->width; i += LANES)
-                            store(y + place * job->width + i, load_floats(sums + r * width + i, LANES) * tops[2 * place + 1],
-                                  job->width - i);
-                    }
+                            store(y + ((block.row + r) * job->heads + block.head) * job->width + i,
+                                  load_floats(sums + r * width + i, LANES) * shares[r], job->width - i);
                 }
         }
     }
@@ -253,65 +267,72 @@ void attention_backward(const number *q, const number *k, const number *v, const
 #pragma omp parallel num_threads(threads)
     {
         char *room = memory + omp_get_thread_num() * each;
-        unit *keys = take(&room, width * wide), *values = take(&room, width * wide), *own_keys = take(&room, wide * width);
+        unit *keys = take(&room, wide * width), *values = take(&room, wide * width), *keys_down = take(&room, wide * width);
         unit *asked = take(&room, QUERIES * width), *given = take(&room, QUERIES * width);
         unit *asked_down = take(&room, QUERIES * width), *given_down = take(&room, QUERIES * width);
-        float *weights = take(&room, QUERIES * wide), *slopes = take(&room, QUERIES * wide);
-        unit *slopes_along = take(&room, QUERIES * wide), *slopes_down = take(&room, QUERIES * wide);
-        unit *weights_down = take(&room, QUERIES * wide);
+        float *weights = take(&room, QUERIES * wide), *slopes = take(&room, QUERIES * wide), *biases = take(&room, QUERIES * wide);
+        unit *slopes_down = take(&room, QUERIES * wide), *slopes_along = take(&room, QUERIES * wide);
+        unit *weights_along = take(&room, QUERIES * wide);
         float *to_query = take(&room, QUERIES * width), *to_keys = take(&room, wide * width), *to_values = take(&room, wide * width);
         number *both = take(&room, 2 * wide * width);
 #pragma omp for schedule(dynamic)
         for (size index = 0; index < job->texts * job->groups; index++) {
             struct task task = task_of(job, bounds, k, v, both, index);
-            size across = filled(task.tokens);
-            turned(keys, task.k, task.k_stride, task.tokens, job->width);
-            turned(values, task.v, task.v_stride, task.tokens, job->width);
-            down_columns(own_keys, task.k, task.k_stride, task.tokens, job->width);
-            memset(to_keys, 0, across * width * sizeof *to_keys);
-            memset(to_values, 0, across * width * sizeof *to_values);
+            along_rows(keys, task.k, task.k_stride, task.tokens, job->width);
+            along_rows(values, task.v, task.v_stride, task.tokens, job->width);
+            down_columns(keys_down, task.k, task.k_stride, task.tokens, job->width);
+            memset(to_keys, 0, filled(task.tokens) * width * sizeof *to_keys);
+            memset(to_values, 0, filled(task.tokens) * width * sizeof *to_values);
             for (size member = 0; member < job->heads / job->groups; member++)
                 for (size query = 0; query < task.queries; query += QUERIES) {
                     struct block block = block_of(job, &task, !!bounds, q, bias, member, query);
-                    size from = block.from, until = block.until, count = block.count, each_row = job->heads * job->width;
-                    size pairs = (count + PAIR - 1) / PAIR, inner = width / PAIR;
+                    size from = block.from, until = block.until, count = block.count, across = block.across;
+                    size each_row = job->heads * job->width, pairs = (count + PAIR - 1) / PAIR, inner = width / PAIR;
                     const number *output = dy + block.row * each_row + block.head * job->width;
-                    along_rows(asked, block.q, job->q[2], count, job->width);
-                    along_rows(given, output, each_row, count, job->width);
+                    const float *highs = tops + 2 * block.head * job->rows + block.row, *shares = highs + job->rows;
+                    turned(asked, block.q, job->q[2], count, job->width);
+                    turned(given, output, each_row, count, job->width);
                     down_columns(asked_down, block.q, job->q[2], count, job->width);
                     down_columns(given_down, output, each_row, count, job->width);
-                    multiply(asked, inner, 1, keys + from, across, weights + from, across, count, until - from, inner, 0);
-                    multiply(given, inner, 1, values + from, across, slopes + from, across, count, until - from, inner, 0);
-                    for (size r = 0; r < count; r++) {
-                        float *w = weights + r * across, *slope = slopes + r * across;
-                        const float *top = tops + 2 * ((block.row + r) * job->heads + block.head);
+                    multiply(keys + from * inner, inner, 1, asked, across, weights + from * across, across, until - from, across,
+                             inner, 0);
+                    multiply(values + from * inner, inner, 1, given, across, slopes + from * across, across, until - from, across,
+                             inner, 0);
+                    if (bias) turn_bias(&block, job->bias[3], task.tokens, biases);
+                    for (size r = 0; r < across; r += LANES) {
+                        floats high = load_floats(highs + r, count - r), share = load_floats(shares + r, count - r);
                         floats products = {0};
-                        for (size key = from; key < until; key += LANES) {
-                            floats z = score(job, &task, &block, w, r, key, scaling), weight = exponential(z - top[0]) * top[1];
-                            floats now = load_floats(slope + key, LANES);
-                            if (scale) now *= stays(job, &block, r, key, scale);
-                            store_floats(w + key, weight, LANES);
-                            store_floats(slope + key, now, LANES);
+                        for (size key = from; key < until; key++) {
+                            size at = key * across + r;
+                            floats z = score(job, &task, &block, weights, biases, r, key, scaling);
+                            floats weight = exponential(z - high) * share, now = load_floats(slopes + at, LANES);
+                            if (scale) {
+                                floats stay = stays(job, &block, r, key, scale);
+                                store_floats(slopes + at, now *= stay, LANES);
+                                put(weights_along + key * across / PAIR, r, weight * stay);
+                            } else put(weights_along + key * across / PAIR, r, weight);
+                            store_floats(weights + at, weight, LANES);
                             products += weight * now;
                         }
-                        float shared = total(products);
-                        for (size key = from; key < until; key += LANES) {
-                            floats weight = load_floats(w + key, LANES);
-                            floats now = weight * (load_floats(slope + key, LANES) - shared) * scaling;
-                            store_floats(slope + key, now, LANES);
-                            put(slopes_along + r * across / PAIR, key, now);
-                            if (scale) store_floats(w + key, weight * stays(job, &block, r, key, scale), LANES);
+                        for (size key = from; key < until; key += PAIR) {
+                            floats now[PAIR];
+                            EACH(p, PAIR)
+                            {
+                                size at = (key + p) * across + r;
+                                now[p] = load_floats(weights + at, LANES) * (load_floats(slopes + at, LANES) - products) * scaling;
+                                put(slopes_along + (key + p) * across / PAIR, r, now[p]);
+                            }
+                            units pair = paired(now[0], now[PAIR - 1]);
+                            memcpy(slopes_down + key / PAIR * across + r, &pair, sizeof pair);
                         }
                     }
-                    down_scores(slopes_down, slopes, across, count, from, until);
-                    down_scores(weights_down, weights, across, count, from, until);
-                    multiply(slopes_along + from / PAIR, across / PAIR, 1, own_keys + from / PAIR * width, width, to_query, width,
+                    multiply(slopes_down + from / PAIR * across, 1, across, keys_down + from / PAIR * width, width, to_query, width,
                              count, width, (until - from) / PAIR, 0);
                     round_rows(to_query, dq + block.row * each_row + block.head * job->width, each_row, count, job->width);
-                    multiply(slopes_down + from, 1, across, asked_down, width, to_keys + from * width, width, until - from, width,
-                             pairs, 1);
-                    multiply(weights_down + from, 1, across, given_down, width, to_values + from * width, width, until - from,
-                             width, pairs, 1);
+                    multiply(slopes_along + from * across / PAIR, across / PAIR, 1, asked_down, width, to_keys + from * width, width,
+                             until - from, width, pairs, 1);
+                    multiply(weights_along + from * across / PAIR, across / PAIR, 1, given_down, width, to_values + from * width,
+                             width, until - from, width, pairs, 1);
                 }
             size place = ((bounds ? task.begin : task.text * job->tokens) * job->groups + task.group) * job->width;
             size others = task.before * width, own = task.tokens - task.before;

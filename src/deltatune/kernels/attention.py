@@ -40,7 +40,7 @@ def attention(
     scaling: float,
     dropout: float,
     seed: int,
-) -> tuple[Float[Tensor, "texts queries heads size"], Float[Tensor, "texts queries heads 2"]]:
+) -> tuple[Float[Tensor, "texts queries heads size"], Float[Tensor, "heads 2 rows"]]:
     """softmax(Q Kᵀ · scaling + bias) V, its weights dropped, and what `attention_backward` needs.
 
     With `bounds` texts stand one after another in a single row, from each of these places to the next, and see
@@ -64,7 +64,7 @@ def attention_backward(
     dropout: float,
     seed: int,
     dy: Float[Tensor, "texts queries heads size"],
-    tops: Float[Tensor, "texts queries heads 2"],
+    tops: Float[Tensor, "heads 2 rows"],
 ) -> tuple[
     Float[Tensor, "texts queries heads size"],
     Float[Tensor, "texts tokens groups size"],
@@ -82,7 +82,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     texts, heads, queries, size = query.shape
     y = query.new_empty(texts, queries, heads, size)
-    tops = query.new_empty(texts, queries, heads, 2, dtype=torch.float32)
+    tops = query.new_empty(heads, 2, texts * queries, dtype=torch.float32)
     if not query.is_meta:
         job = _Job(query, key, value, bias, bounds, *how)
         _attention_loop(query, *job.inputs, y, tops, *job.memory())
@@ -109,6 +109,7 @@ class _Job:
         causal: bool, window: int, shared: int, scaling: float, dropout: float, seed: int,
     ) -> None:  # fmt: skip
         (texts, heads, queries, size), groups, tokens = query.shape, key.shape[1], key.shape[2]
+        rows = texts * queries
         if bounds is not None:
             places = bounds.tolist()
             lengths = [until - begin for begin, until in pairwise(places)]
@@ -134,6 +135,7 @@ class _Job:
             queries,
             tokens,
             size,
+            rows,
             causal,
             window,
             shared,
@@ -148,7 +150,7 @@ class _Job:
         """Room for every thread, how many bytes each has, and how many threads there are."""
         _, _, size, tokens, _ = self._sizes
         size, tokens = _filled(size), _filled(tokens)
-        each, threads = 28 * size * tokens + 20 * _QUERIES * (size + tokens), torch.get_num_threads()
+        each, threads = 28 * size * tokens + 24 * _QUERIES * (size + tokens), torch.get_num_threads()
         return torch.empty(threads, each, dtype=torch.uint8), each, threads
 
     def parts(self) -> Float[Tensor, "texts groups 2 shared filled"]:

@@ -93,6 +93,14 @@ static inline floats load_floats(const float *from, size n)
 #endif
 }
 static inline void store_floats(float *to, floats x, size n) { memcpy(to, &x, (n < LANES ? n : LANES) * sizeof *to); }
+static inline floats larger(floats x, floats y) /* y where x is no number */
+{
+#if AVX512
+    return (floats)_mm512_max_ps((__m512)x, (__m512)y);
+#else
+    return choose(x > y, x, y);
+#endif
+}
 static inline floats swapped(floats x, int by) /* lanes that are `by` apart change places */
 {
     ints place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

@@ -6,7 +6,7 @@
    same bits. The vectors are those of GCC and Clang: 16 numbers, in as many registers as the processor needs. What each
    function computes stands beside its operator in passes.py. */
 
-#include "numbers.h"
+#include "codes.h"
 
 const int32_t wide_registers = AVX512;
 
@@ -105,62 +105,14 @@ void drop(const number *x, number *y, int64_t seed, size bar, float scale, size 
 
 /* Weights in fewer bits ----------------------------------------------------------------------------------------- */
 
-/* Rounded before anything is added to it: inlined, a compiler would make one operation of both. */
-static __attribute__((noinline)) float product(float a, float b) { return a * b; }
-
-/* Eight codes, the first in the highest bits. */
-INLINE uint32_t eight(const uint8_t *codes, int bits)
-{
-    uint32_t all = 0;
-    for (int i = 0; i < bits; i++) all = all << 8 | codes[i];
-    return all;
-}
-
-/* What 16 codes of 2, 3 or 4 bits stand for, the levels of all codes being in one register; or of 8 bits the numbers. */
-INLINE floats meant(const uint8_t *codes, floats levels, int bits)
-{
-    if (bits == 8) {
-#if AVX512
-        return (floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)codes)));
-#else
-        float read[LANES];
-        for (int i = 0; i < LANES; i++) read[i] = ((const int8_t *)codes)[i];
-        return load_floats(read, LANES);
-#endif
-    }
-    ints second = {0, 0, 0, 0, 0, 0, 0, 0, -1, -1, -1, -1, -1, -1, -1, -1};
-    words place = {7, 6, 5, 4, 3, 2, 1, 0, 7, 6, 5, 4, 3, 2, 1, 0};
-    words both = (eight(codes + bits, bits) & (words)second) | (eight(codes, bits) & ~(words)second);
-    return __builtin_shuffle(levels, (ints)(both >> place * bits & ((1u << bits) - 1)));
-}
-
-INLINE void decode_block(const uint8_t *codes, floats levels, float scale, number *out, size count, int bits)
-{
-    size i = 0;
-    for (; i + LANES <= count; i += LANES) store(out + i, meant(codes + i * bits / 8, levels, bits) * scale, LANES);
-    if (i < count) { /* what lies behind the last code may be nobody's */
-        uint8_t rest[LANES] = {0};
-        memcpy(rest, codes + i * bits / 8, ((count - i) * bits + 7) / 8);
-        store(out + i, meant(rest, levels, bits) * scale, count - i);
-    }
-}
-
-/* The numbers from place `start` on, where a block begins. Scales are fp32, or (with `coarse`) codes of 8 bits. */
+/* The numbers from place `start` on, where a block begins. */
 void decode(const uint8_t *codes, const void *scales, const float *coarse, const float *offset, const float *map,
             const float *levels, number *out, size start, size count, size block, size bits)
 {
-    floats level = levels ? load_floats(levels, 1 << bits) : all(0);
+    struct codes of = {codes, scales, coarse, offset, map, levels, block, bits};
 #pragma omp parallel for schedule(static)
-    for (size from = 0; from < count; from += block) {
-        size some = count - from < block ? count - from : block, place = (start + from) / block;
-        float scale = coarse ? product(map[((const uint8_t *)scales)[place]], coarse[place / 256]) + *offset
-                             : ((const float *)scales)[place];
-        const uint8_t *own = codes + (start + from) * bits / 8;
-        if (bits == 8) decode_block(own, level, scale / 127, out + from, some, 8);
-        else if (bits == 4) decode_block(own, level, scale, out + from, some, 4);
-        else if (bits == 3) decode_block(own, level, scale, out + from, some, 3);
-        else decode_block(own, level, scale, out + from, some, 2);
-    }
+    for (size from = 0; from < count; from += block)
+        decode_part(&of, start + from, count - from < block ? count - from : block, out + from);
 }
 
 /* Loss ---------------------------------------------------------------------------------------------------------- */

@@ -1,5 +1,7 @@
 """Single passes over activations, weights in few bits and logits: what PyTorch makes several of."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -51,24 +53,32 @@ def rotate(
     return y
 
 
-def decode(
-    codes: Tensor,
-    scales: Tensor,
-    coarse: Tensor | None,
-    offset: Tensor | None,
-    tables: tuple[Tensor, Tensor | None],
-    out: Float[Tensor, " numbers"],
-    start: int,
-    block: int,
-    bits: int,
-) -> None:
-    """level · scale in fp32 for each code of a quantised weight from place `start` on, rounded once into `out`.
+class Codes(NamedTuple):
+    """A quantised weight: the tensors of `weights.codec.Packed`, and what is needed to read them."""
 
-    The tensors are those of `weights.codec.Packed`; `tables` the levels of 8-bit scales, and of codes of fewer bits.
-    """
+    stored: Tensor
+    scales: Tensor
+    coarse: Tensor | None
+    offset: Tensor | None
+    map: Float[Tensor, "256"]
+    """The levels of 8-bit scales."""
+    levels: Float[Tensor, " levels"] | None
+    """Those of codes of fewer bits."""
+    block: int
+    """Codes that share a scale."""
+    bits: int
+    """Of a code."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+        """All of them, in this order."""
+        return self[:6]
+
+
+def decode(codes: Codes, out: Float[Tensor, " numbers"], start: int) -> None:
+    """level · scale in fp32 for each code from place `start` on, rounded once into `out`."""
     if not out.is_meta:
-        given = codes, scales, coarse, offset, *tables, out
-        _decode_loop(out, *given, start, out.numel(), block, bits)
+        _decode_loop(out, *codes.tensors, out, start, out.numel(), codes.block, codes.bits)
 
 
 def cross_entropy_(

@@ -1,6 +1,6 @@
 /* Products with frozen weights, and beside them the thin ones of low-rank updates, and magnitudes of columns. */
 
-#include "numbers.h"
+#include "codes.h"
 
 /* Frozen weights ------------------------------------------------------------------------------------------------ */
 
@@ -12,29 +12,55 @@ const int32_t multiplies = 1;
    takes, its sums are carried from one panel to the next. */
 enum { WIDE = 4, PANEL = WIDE * LANES, TALL = 6, DEEP = 1 << 12, LINE = 64 / sizeof(number) };
 
-/* The panel of `wide` columns from n on, for `deep` numbers of a row of x from number k on. */
-static void pack(const number *weight, size turned, unit *panel, size n, size wide, size k, size deep, size inner, size out)
+/* The weights are (out, inner), or where they are `turned` (inner, out): numbers, or where there are none codes. */
+struct weights {
+    const number *numbers;
+    struct codes codes;
+    size turned, inner, out;
+};
+
+/* So many weights from place `from` on; those that stand there as codes are decoded into `room`. */
+INLINE const number *numbers_of(const struct weights *weights, size from, size count, number *room)
 {
-    if (turned)
-        for (size row = 0; row < deep / 2; row++)
+    if (weights->numbers) return weights->numbers + from;
+    decode_part(&weights->codes, from, count, room);
+    return room;
+}
+
+/* The panel of `wide` columns from n on, for `deep` numbers of a row of x from number k on. */
+static void pack(const struct weights *weights, unit *panel, size n, size wide, size k, size deep)
+{
+    static _Thread_local _Alignas(64) number room[LANES * DEEP];
+    size inner = weights->inner, out = weights->out;
+    if (weights->turned)
+        for (size row = 0; row < deep / 2; row++) {
+            const number *one = numbers_of(weights, (k + 2 * row) * out + n, wide, room);
+            const number *two = numbers_of(weights, (k + 2 * row + 1) * out + n, wide, room + PANEL);
             for (size i = 0; i < wide; i += LANES) {
-                const number *two = weight + (k + 2 * row) * out + n + i;
-                __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)two));
-                __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(two + out)));
+                __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(one + i)));
+                __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(two + i)));
                 _mm512_storeu_si512(panel + row * PANEL + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
             }
+        }
     else
-        for (size i = 0; i < wide; i += LANES)
+        for (size i = 0; i < wide; i += LANES) {
+            const number *rows = weights->numbers + (n + i) * inner + k;
+            size stride = inner;
+            if (!weights->numbers) {
+                rows = room, stride = deep;
+                for (size row = 0; row < LANES; row++) numbers_of(weights, (n + i + row) * inner + k, deep, room + row * deep);
+            }
             for (size row = 0; row < deep / 2; row += LANES)
-                transpose((const unit *)(weight + (n + i) * inner + k) + row, inner / 2, panel + row * PANEL + i, PANEL);
+                transpose((const unit *)rows + row, stride / 2, panel + row * PANEL + i, PANEL);
+        }
 }
 
 /* Asks for a part of the weights of the panel from n on, so that they are near when it is packed. */
-INLINE void ask_for(const number *weight, size turned, size n, size inner, size out, size part, size parts)
+INLINE void ask_for(const struct weights *weights, size n, size part, size parts)
 {
-    size from = inner * part / parts, to = inner * (part + 1) / parts;
+    size inner = weights->inner, from = inner * part / parts, to = inner * (part + 1) / parts;
     for (size k = from; k < to; k++) {
-        const number *row = turned ? weight + k * out + n : weight + n * inner + k * PANEL;
+        const number *row = weights->numbers + (weights->turned ? k * weights->out + n : n * inner + k * PANEL);
         for (size i = 0; i < PANEL; i += LINE) _mm_prefetch((const char *)(row + i), _MM_HINT_T1);
     }
 }
@@ -102,13 +128,13 @@ static void tall_tile(const struct tile *tile, const unit *panel, size wide, siz
     }
 }
 
-/* The weights are (out, inner), or where they are `turned` (inner, out); both sizes fill registers of pairs. Threads share
-   the columns, each with panels of its own, and where there are not enough for all of them the rows, too. Where `inner` is
-   more than DEEP each has room for `each` sums to carry: a panel of columns for all tokens, in whole tiles. */
-void product(const number *x, const number *weight, size turned, const number *bias, const float *h, const float *factor,
-             size rank, size padded, number *y, float *room, size each, size tokens, size inner, size out, size threads)
+/* Both sizes of the weights fill registers of pairs. Threads share the columns, each with panels of its own, and where there
+   are not enough for all of them the rows, too. Where `inner` is more than DEEP each has room for `each` sums to carry: a
+   panel of columns for all tokens, in whole tiles. */
+static void multiply(const number *x, const struct weights *weights, const struct more *more, number *y, float *room, size each,
+                     size tokens, size threads)
 {
-    struct more more = {bias, h, factor, rank, padded};
+    size inner = weights->inner, out = weights->out;
 #pragma omp parallel num_threads(threads)
     {
         static _Thread_local _Alignas(64) unit panel[DEEP / 2 * PANEL];
@@ -118,20 +144,39 @@ void product(const number *x, const number *weight, size turned, const number *b
         size begin = vectors * (thread % across) / across * LANES, end = vectors * (thread % across + 1) / across * LANES;
         size first = tiles * (thread / across) / down, last = tiles * (thread / across + 1) / down;
         float *carried = inner > DEEP ? room + thread * each : NULL;
+        int asks = weights->numbers && !carried;
         for (size n = begin; n < end; n += PANEL)
             for (size k = 0; k < inner; k += DEEP) {
                 size wide = end - n < PANEL ? end - n : PANEL, deep = inner - k < DEEP ? inner - k : DEEP;
-                pack(weight, turned, panel, n, wide, k, deep, inner, out);
+                pack(weights, panel, n, wide, k, deep);
                 for (size index = first; index < last; index++) {
                     size t = index * TALL;
-                    struct tile tile = {x + t * inner + k, y + t * out, h + t * padded, NULL, tokens - t, n, k == 0,
+                    struct tile tile = {x + t * inner + k, y + t * out, more->h + t * more->padded, NULL, tokens - t, n, k == 0,
                                         k + deep == inner};
                     if (carried) tile.carry = carried + t * PANEL;
-                    else if (n + 2 * PANEL <= end) ask_for(weight, turned, n + PANEL, inner, out, index - first, last - first);
-                    tall_tile(&tile, panel, wide, deep, inner, out, &more);
+                    if (asks && n + 2 * PANEL <= end) ask_for(weights, n + PANEL, index - first, last - first);
+                    tall_tile(&tile, panel, wide, deep, inner, out, more);
                 }
             }
     }
+}
+
+void product(const number *x, const number *weight, size turned, const number *bias, const float *h, const float *factor,
+             size rank, size padded, number *y, float *room, size each, size tokens, size inner, size out, size threads)
+{
+    struct weights weights = {.numbers = weight, .turned = turned, .inner = inner, .out = out};
+    struct more more = {bias, h, factor, rank, padded};
+    multiply(x, &weights, &more, y, room, each, tokens, threads);
+}
+
+void coded_product(const number *x, const uint8_t *codes, const void *scales, const float *coarse, const float *offset,
+                   const float *map, const float *levels, size block, size bits, size turned, const number *bias,
+                   const float *h, const float *factor, size rank, size padded, number *y, float *room, size each, size tokens,
+                   size inner, size out, size threads)
+{
+    struct weights weights = {NULL, {codes, scales, coarse, offset, map, levels, block, bits}, turned, inner, out};
+    struct more more = {bias, h, factor, rank, padded};
+    multiply(x, &weights, &more, y, room, each, tokens, threads);
 }
 #else
 const int32_t multiplies = 0;
@@ -314,20 +359,24 @@ void updated_norms(const number *weight, const float *A, const float *B, const f
     }
 }
 
-void scale_columns(const number *x, const float *factors, const float *bias, number *y, size rows, size width)
+/* y = m/n · x + b */
+void scale_columns(const number *x, const float *m, const float *n, const float *bias, number *y, size rows, size width)
 {
 #pragma omp parallel for schedule(static)
-    for (size row = 0; row < rows; row++)
+    for (size from = 0; from < rows; from += TOKENS) {
+        size until = rows - from < TOKENS ? rows : from + TOKENS;
         for (size i = 0; i < width; i += LANES) {
-            size n = width - i;
-            floats scaled = load(x + row * width + i, n) * load_floats(factors + i, n);
-            store(y + row * width + i, bias ? scaled + load_floats(bias + i, n) : scaled, n);
+            size some = width - i;
+            floats factor = load_floats(m + i, some) / load_floats(n + i, some), plus = bias ? load_floats(bias + i, some) : all(0);
+            for (size row = from; row < until; row++)
+                store(y + row * width + i, load(x + row * width + i, some) * factor + plus, some);
         }
+    }
 }
 
 /* Every thread has sums of its own, (width), which are added up in the end. */
-void scale_columns_backward(const number *x, const float *factors, const number *dy, number *dx, float *sums,
-                            float *products, size rows, size width, size threads)
+void scale_columns_backward(const number *x, const float *m, const float *n, const number *dy, number *dx, float *sums,
+                            float *dm, size rows, size width, size threads)
 {
 #pragma omp parallel num_threads(threads)
     {
@@ -335,18 +384,21 @@ void scale_columns_backward(const number *x, const float *factors, const number 
         memset(own, 0, width * sizeof *own);
 #pragma omp for schedule(static)
         for (size from = 0; from < rows; from += TOKENS) {
-            size some = rows - from < TOKENS ? rows - from : TOKENS;
+            size until = rows - from < TOKENS ? rows : from + TOKENS;
             for (size i = 0; i < width; i += LANES) {
-                size n = width - i;
-                floats factor = load_floats(factors + i, n), sum = load_floats(own + i, n);
-                for (size row = from; row < from + some; row++) {
-                    floats now = load(dy + row * width + i, n);
-                    sum += now * load(x + row * width + i, n);
-                    store(dx + row * width + i, now * factor, n);
+                size some = width - i;
+                floats below = load_floats(n + i, some), factor = load_floats(m + i, some) / below, sum = load_floats(own + i, some);
+                for (size row = from; row < until; row++) {
+                    floats now = load(dy + row * width + i, some);
+                    sum += now * load(x + row * width + i, some);
+                    store(dx + row * width + i, now * factor, some);
                 }
-                store_floats(own + i, sum, n);
+                store_floats(own + i, sum, some);
             }
         }
-        add_up(sums, width, products, width, 1);
+        add_up(sums, width, dm, width, 1);
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (size i = 0; i < width; i++) dm[i] /= n[i];
     }
 }

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deltatune.kernels.loops import Loop, multiplies_pairs, operator, ready
+from deltatune.kernels.passes import Codes
 
 _RANKS = 8
 """Ranks that products.c computes together."""
@@ -19,8 +20,12 @@ def multiplies(x: Float[Tensor, "tokens in"], weight: Float[Tensor, "out in"]) -
     if x.dtype != torch.bfloat16 or not (ready(x, weight) and multiplies_pairs()):
         return False
     out, width = weight.shape
-    dense = weight.stride() in ((width, 1), (1, out))
-    return dense and out % _PAIRS == width % _PAIRS == 0
+    return weight.stride() in ((width, 1), (1, out)) and _whole(out, width)
+
+
+def multiplies_codes(x: Float[Tensor, "tokens inner"], out: int, width: int) -> bool:
+    """Whether `product_with_codes` takes these; it is faster than to decode the weight (out, width) first."""
+    return x.dtype == torch.bfloat16 and ready(x) and multiplies_pairs() and _whole(out, width)
 
 
 def product(
@@ -36,6 +41,26 @@ def product(
     """
     h, factor = (None, None) if update is None else (update[0], update[1].contiguous())
     y: Tensor = _PRODUCT(x.contiguous(), weight, bias, h, factor)
+    return y
+
+
+def product_with_codes(
+    x: Float[Tensor, "tokens inner"],
+    codes: Codes,
+    shape: tuple[int, int],
+    turned: bool,
+    bias: Float[Tensor, " outer"] | None = None,
+    update: tuple[Float[Tensor, "tokens padded"], Float[Tensor, "rank outer"]] | None = None,
+) -> Float[Tensor, "tokens outer"]:
+    """`product` with the weight of that shape which codes stand for, or `turned` with its transpose; the same bits.
+
+    What they stand for is never in memory as a whole.
+    """
+    h, factor = (None, None) if update is None else (update[0], update[1].contiguous())
+    stored, *tables = codes.tensors
+    y: Tensor = _CODED_PRODUCT(
+        x.contiguous(), stored.view(shape[0], -1), *tables, codes.block, codes.bits, turned, bias, h, factor
+    )
     return y
 
 
@@ -87,32 +112,69 @@ def updated_norms(
 
 
 def scale_columns(
-    x: Float[Tensor, "rows width"], factors: Float[Tensor, " width"], bias: Float[Tensor, " width"] | None
+    x: Float[Tensor, "rows width"],
+    m: Float[Tensor, " width"],
+    n: Float[Tensor, " width"],
+    bias: Float[Tensor, " width"] | None,
 ) -> Float[Tensor, "rows width"]:
-    """factors ⊙ x + bias; both are fp32."""
-    y: Tensor = _SCALE_COLUMNS(x.contiguous(), factors.contiguous(), bias)
+    """m/n ⊙ x + bias; all three are fp32."""
+    y: Tensor = _SCALE_COLUMNS(x.contiguous(), m.contiguous(), n.contiguous(), bias)
     return y
 
 
 def scale_columns_backward(
-    x: Float[Tensor, "rows width"], factors: Float[Tensor, " width"], dy: Float[Tensor, "rows width"]
+    x: Float[Tensor, "rows width"],
+    m: Float[Tensor, " width"],
+    n: Float[Tensor, " width"],
+    dy: Float[Tensor, "rows width"],
 ) -> tuple[Float[Tensor, "rows width"], Float[Tensor, " width"]]:
-    """dx = factors ⊙ dy, and Σ dy ⊙ x over the rows in fp32."""
-    found: tuple[Tensor, Tensor] = _SCALE_COLUMNS_BACKWARD(x.contiguous(), factors.contiguous(), dy.contiguous())
+    """dx = m/n ⊙ dy, and dm = Σ dy ⊙ x / n, summed over the rows in fp32."""
+    found: tuple[Tensor, Tensor] = _SCALE_COLUMNS_BACKWARD(
+        x.contiguous(), m.contiguous(), n.contiguous(), dy.contiguous()
+    )
     return found
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, h: Tensor | None, factor: Tensor | None) -> Tensor:
-    (tokens, width), out = x.shape, weight.shape[0]
-    y = x.new_empty(tokens, out)
+def _whole(out: int, width: int) -> bool:
+    return out % _PAIRS == width % _PAIRS == 0
+
+
+def _product(x: Tensor, weight: Tensor, *more: Tensor | None) -> Tensor:
+    y = x.new_empty(len(x), len(weight))
     if not x.is_meta:
-        rank, padded = (0, 0) if h is None or factor is None else (len(factor), h.shape[1])
-        turned, threads = int(weight.stride(0) == 1), torch.get_num_threads()
-        each = -(-tokens // _TALL) * _TALL * _PANEL if width > _DEEP else 0
-        room = x.new_empty(threads, each, dtype=torch.float32) if each else None
-        sizes = tokens, width, out, threads
-        _product_loop(x, x, weight, turned, bias, h, factor, rank, padded, y, room, each, *sizes)
+        _product_loop(x, x, weight, int(weight.stride(0) == 1), *_beside(x, y, *more))
     return y
+
+
+def _coded_product(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    coarse: Tensor | None,
+    offset: Tensor | None,
+    map: Tensor,
+    levels: Tensor | None,
+    block: int,
+    bits: int,
+    turned: bool,
+    *more: Tensor | None,
+) -> Tensor:
+    y = x.new_empty(len(x), codes.shape[1] * 8 // bits if turned else len(codes))
+    if not x.is_meta:
+        packed = codes, scales, coarse, offset, map, levels, block, bits
+        _coded_product_loop(x, x, *packed, int(turned), *_beside(x, y, *more))
+    return y
+
+
+def _beside(
+    x: Tensor, y: Tensor, bias: Tensor | None, h: Tensor | None, factor: Tensor | None
+) -> tuple[Tensor | int | None, ...]:
+    """What a product's loop is given besides its two factors."""
+    (tokens, width), threads = x.shape, torch.get_num_threads()
+    rank, padded = (0, 0) if h is None or factor is None else (len(factor), h.shape[1])
+    each = -(-tokens // _TALL) * _TALL * _PANEL if width > _DEEP else 0
+    room = x.new_empty(threads, each, dtype=torch.float32) if each else None
+    return bias, h, factor, rank, padded, y, room, each, tokens, width, y.shape[1], threads
 
 
 def _low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -148,30 +210,36 @@ def _updated_norms(weight: Tensor, A: Tensor, B: Tensor, BG: Tensor, scale: floa
     return norms
 
 
-def _scale_columns(x: Tensor, factors: Tensor, bias: Tensor | None) -> Tensor:
+def _scale_columns(x: Tensor, m: Tensor, n: Tensor, bias: Tensor | None) -> Tensor:
     y = torch.empty_like(x)
     if not x.is_meta:
-        _scale_columns_loop(x, x, factors, bias, y, *x.shape)
+        _scale_columns_loop(x, x, m, n, bias, y, *x.shape)
     return y
 
 
-def _scale_columns_backward(x: Tensor, factors: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
-    dx, products, threads = torch.empty_like(dy), torch.empty_like(factors), torch.get_num_threads()
-    sums = factors.new_empty(threads, len(factors))
+def _scale_columns_backward(x: Tensor, m: Tensor, n: Tensor, dy: Tensor) -> tuple[Tensor, Tensor]:
+    dx, dm, threads = torch.empty_like(dy), torch.empty_like(m), torch.get_num_threads()
+    sums = m.new_empty(threads, len(m))
     if not x.is_meta:
-        _scale_columns_backward_loop(x, x, factors, dy, dx, sums, products, *x.shape, threads)
-    return dx, products
+        _scale_columns_backward_loop(x, x, m, n, dy, dx, sums, dm, *x.shape, threads)
+    return dx, dm
 
 
 _product_loop = Loop("product", "ttntttnnttnnnnn")
+_coded_product_loop = Loop("coded_product", "tttttttnnntttnnttnnnnn")
 _low_rank_loop = Loop("low_rank", "tttfttnnnn")
 _low_rank_output_loop = Loop("low_rank_output", "ttttnnn")
 _low_rank_backward_loop = Loop("low_rank_backward", "ttttfttttnnnnn")
 _updated_norms_loop = Loop("updated_norms", "ttttfttnnn")
-_scale_columns_loop = Loop("scale_columns", "ttttnn")
-_scale_columns_backward_loop = Loop("scale_columns_backward", "ttttttnnn")
+_scale_columns_loop = Loop("scale_columns", "tttttnn")
+_scale_columns_backward_loop = Loop("scale_columns_backward", "tttttttnnn")
 
 _PRODUCT = operator("product(Tensor x, Tensor weight, Tensor? bias, Tensor? h, Tensor? factor) -> Tensor", _product)
+_CODED_PRODUCT = operator(
+    "coded_product(Tensor x, Tensor codes, Tensor scales, Tensor? coarse, Tensor? offset, Tensor map, Tensor? levels,"
+    " int block, int bits, bool turned, Tensor? bias, Tensor? h, Tensor? factor) -> Tensor",
+    _coded_product,
+)
 _LOW_RANK = operator("low_rank(Tensor x, Tensor A, Tensor B, float scale) -> (Tensor, Tensor)", _low_rank)
 _LOW_RANK_OUTPUT = operator(
     "low_rank_output(Tensor h, Tensor factor, Tensor? bias, ScalarType dtype) -> Tensor", _low_rank_output
@@ -183,7 +251,7 @@ _LOW_RANK_BACKWARD = operator(
 _UPDATED_NORMS = operator(
     "updated_norms(Tensor weight, Tensor A, Tensor B, Tensor BG, float scale, Tensor squares) -> Tensor", _updated_norms
 )
-_SCALE_COLUMNS = operator("scale_columns(Tensor x, Tensor factors, Tensor? bias) -> Tensor", _scale_columns)
+_SCALE_COLUMNS = operator("scale_columns(Tensor x, Tensor m, Tensor n, Tensor? bias) -> Tensor", _scale_columns)
 _SCALE_COLUMNS_BACKWARD = operator(
-    "scale_columns_backward(Tensor x, Tensor factors, Tensor dy) -> (Tensor, Tensor)", _scale_columns_backward
+    "scale_columns_backward(Tensor x, Tensor m, Tensor n, Tensor dy) -> (Tensor, Tensor)", _scale_columns_backward
 )

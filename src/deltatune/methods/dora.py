@@ -272,9 +272,7 @@ class DoRADelta(_Decomposed):
         n = self.norm(weight, x.dtype)
         if self.magnitude == "normalised-update":
             return low_rank(x, z, weight, bias, self.A, (self.m / n)[:, None] * self.B, self.scale)
-        Z = low_rank(x, z, weight, None, self.A, self.B, self.scale)
-        y: Tensor = _Scaled.apply(Z, bias, self.m, n)  # type: ignore[no-untyped-call]
-        return y
+        return low_rank(x, z, weight, bias, self.A, self.B, self.scale, self.m, n)
 
 
 class DoRAEmbedding(_Decomposed):
@@ -296,43 +294,6 @@ class DoRAEmbedding(_Decomposed):
             return vectors + chosen @ ((self.m / n)[:, None] * self.scale * self.B).T.to(vectors.dtype)
         whole = vectors + chosen @ (self.scale * self.B).T.to(vectors.dtype)
         return (whole * (self.m / n)).to(vectors.dtype)
-
-
-class _Scaled(torch.autograd.Function):
-    """y = m/n ⊙ Z + b for Z = V·x, with n held constant.   Backward:   dZ = m/n ⊙ dy,  dm = Σ dy ⊙ Z / n,  db = Σ dy"""
-
-    @staticmethod
-    def forward(ctx: Any, Z: Tensor, bias: Tensor | None, m: Tensor, n: Tensor) -> Tensor:
-        factor = (m / n).to(torch.promote_types(Z.dtype, torch.float32))  # (out,) or (1,)
-        ctx.save_for_backward(Z, factor, n)
-        return _scaled(Z, factor, bias)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        Z, factor, n = ctx.saved_tensors
-        if kernels.ready(Z):
-            dZ, products = kernels.scale_columns_backward(Z, factor.expand(Z.shape[1]), dy)
-        else:
-            dZ, products = _scaled(dy, factor, None), (dy * Z).sum(0)
-        products = products.to(n.dtype)
-        dm = (products if n.shape == products.shape else products.sum(0, keepdim=True)) / n
-        return dZ, dy.sum(0) if ctx.needs_input_grad[1] else None, dm, None
-
-
-def _scaled(
-    x: Float[Tensor, "tokens out"], factor: Float[Tensor, " magnitudes"], bias: Float[Tensor, " out"] | None
-) -> Float[Tensor, "tokens out"]:
-    """x ⊙ factor + bias. In 16 bits the factor, near 1, would lose what was learnt, so it stays in 32.
-
-    Without `kernels` that is batch normalisation with mean 0 and variance 1: of PyTorch's operations the one that has
-    both in one pass.
-    """
-    factor = factor.expand(x.shape[1]).contiguous()
-    bias = None if bias is None else bias.to(factor.dtype)
-    if kernels.ready(x):
-        return kernels.scale_columns(x, factor, bias)
-    mean, variance = torch.zeros_like(factor), torch.ones_like(factor)
-    return F.batch_norm(x, mean, variance, factor, bias, eps=0.0)
 
 
 def _first_magnitude(magnitude: Magnitude, weight: FrozenWeight) -> Float[Tensor, " magnitudes"]:

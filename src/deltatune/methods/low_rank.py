@@ -4,6 +4,8 @@ Hu et al. 2021, arXiv 2106.09685, equation 3. z is x, or what dropout left of it
 
     dx = dy·W (+ dh·A)      dz = dh·A      dA = dhᵀ·z      dB = s·dyᵀ·h      db = Σ dy
 
+With a magnitude (`magnitude.py`) what is without b is Z, y = m/n ⊙ Z + b, and dZ stands for dy but in db.
+
 A product of so few columns keeps no matrix unit busy: what it costs is starting it and reading its inputs. So for small
 ranks `kernels` has loops for them, which read the inputs once or twice, and the frozen product ends with h·Bᵀ, or dh·A.
 """
@@ -15,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deltatune import kernels
+from deltatune.methods.magnitude import magnified, magnified_backward
 from deltatune.weights import FrozenWeight
 
 _SMALL = 16
@@ -29,14 +32,17 @@ def low_rank(
     A: Float[Tensor, "rank in"],
     B: Float[Tensor, "out rank"],
     scale: float,
+    m: Float[Tensor, " magnitudes"] | None = None,
+    n: Float[Tensor, " magnitudes"] | None = None,
 ) -> Float[Tensor, "tokens out"]:
     """x·Wᵀ + b + scale·(z·Aᵀ)·Bᵀ in the type of x, where z is the dropped input, or x itself when it is None.
 
-    Kept for backward: z, z·Aᵀ, A and scale·B; of a high rank A and B in the type of x.
+    With m and n, (out,) or (1,), all but b is multiplied by m/n, and n gets no gradient. Kept for backward: z, z·Aᵀ, A
+    and scale·B, of a high rank A and B in the type of x; and with m what it multiplies.
     """
     small = len(A) <= _SMALL and A.dtype == B.dtype == torch.float32 and kernels.ready(x)
     way = _Compiled if small else _Products
-    y: Tensor = way.apply(x, z, weight, bias, A, B, scale)  # type: ignore[no-untyped-call]
+    y: Tensor = way.apply(x, z, weight, bias, A, B, scale, m, n)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -53,28 +59,32 @@ class _Products(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         scale: float,
+        m: Tensor | None,
+        n: Tensor | None,
     ) -> Tensor:
         ctx.types, ctx.scale = (A.dtype, B.dtype), scale
         A, B = A.to(x.dtype), (scale * B).to(x.dtype)
         branch = x if z is None else z
         h = branch @ A.T  # (tokens, rank)
-        ctx.save_for_backward(branch, A, B, h)
+        Z = weight.matmul(x, bias if m is None else None).addmm_(h, B.T)
+        ctx.save_for_backward(branch, A, B, h, None if m is None else Z, m, n)
         ctx.weight, ctx.dropped = weight, z is not None
-        return weight.matmul(x, bias).addmm_(h, B.T)
+        return Z if m is None or n is None else magnified(Z, m, n, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        branch, A, B, h = ctx.saved_tensors
+        branch, A, B, h, Z, m, n = ctx.saved_tensors
         wants_x, wants_z, _, wants_bias, *_ = ctx.needs_input_grad
+        bias = dy.sum(0) if wants_bias else None
+        dy, dm = (dy, None) if Z is None else magnified_backward(Z, m, n, dy)
         dh = dy @ B  # (tokens, rank)
         dx = ctx.weight.matmul_transposed(dy) if wants_x else None
         dz = dh @ A if wants_z else None
         if dx is not None and not ctx.dropped:
             dx.addmm_(dh, A)
-        bias = dy.sum(0) if wants_bias else None
         dA = (dh.T @ branch).to(ctx.types[0])
         dB = (h.T @ dy).to(ctx.types[1]).mul_(ctx.scale).T  # so it reads dy row by row: half the time of dyᵀ·h
-        return dx, dz, None, bias, dA, dB, None
+        return dx, dz, None, bias, dA, dB, None, dm, None
 
 
 class _Compiled(torch.autograd.Function):
@@ -90,19 +100,23 @@ class _Compiled(torch.autograd.Function):
         A: Tensor,
         B: Tensor,
         scale: float,
+        m: Tensor | None,
+        n: Tensor | None,
     ) -> Tensor:
         branch = x if z is None else z
         h, factor = kernels.low_rank(branch, A, B, scale)
-        ctx.save_for_backward(branch, A, h, factor)
+        Z = weight.matmul(x, bias if m is None else None, (h, factor))
+        ctx.save_for_backward(branch, A, h, factor, None if m is None else Z, m, n)
         ctx.weight, ctx.dropped, ctx.scale = weight, z is not None, scale
-        return weight.matmul(x, bias, (h, factor))
+        return Z if m is None or n is None else magnified(Z, m, n, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        branch, A, h, factor = ctx.saved_tensors
+        branch, A, h, factor, Z, m, n = ctx.saved_tensors
         wants_x, wants_z, _, wants_bias, *_ = ctx.needs_input_grad
+        bias = dy.sum(0) if wants_bias else None
+        dy, dm = (dy, None) if Z is None else magnified_backward(Z, m, n, dy)
         dh, dA, dB = kernels.low_rank_backward(branch, h, dy, factor, ctx.scale)
         dx = ctx.weight.matmul_transposed(dy, None if ctx.dropped else (dh, A)) if wants_x else None
         dz = kernels.low_rank_output(dh, A, None, dy.dtype) if wants_z else None
-        bias = dy.sum(0) if wants_bias else None
-        return dx, dz, None, bias, dA, dB.T, None
+        return dx, dz, None, bias, dA, dB.T, None, dm, None

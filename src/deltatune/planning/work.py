@@ -46,6 +46,8 @@ class Traced:
 
 OWN_PRODUCT = "deltatune::product"
 """That of `kernels`, with frozen weights; what is added to it counts by its bytes alone."""
+_CODED_PRODUCT = "deltatune::coded_product"
+"""The same with a weight in few bits, which is decoded on the way: a few hundredths of its time at most."""
 PRODUCTS: Mapping[str, Callable[..., tuple[int, ...]]] = {
     "mm": lambda a, b, *_: (1, a.shape[0], a.shape[1], b.shape[1]),
     "addmm": lambda c, a, b, *_: (1, a.shape[0], a.shape[1], b.shape[1]),
@@ -85,6 +87,9 @@ def work_of(operation: Any, inputs: Sequence[Any], out: Any) -> Work | None:
     size = sum(one.nbytes for one in (*read, *outputs))
     if name in PRODUCTS:
         return Work(name, outputs[0].dtype, PRODUCTS[name](*read), size)
+    if name == _CODED_PRODUCT:
+        x, y = read[0], outputs[0]
+        return Work(OWN_PRODUCT, y.dtype, (1, *x.shape, y.shape[1]), size)
     if name in _ATTENTION:
         query, key = read[:2]
         (texts, heads, queries, width), tokens = query.shape, key.shape[2]

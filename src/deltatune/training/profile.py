@@ -46,6 +46,7 @@ from deltatune.training.precision import Computed, Precision, prepare, resolve
 from deltatune.training.task import Task
 from deltatune.training.tasks import task_for
 from deltatune.weights import is_linear, weight_of
+from deltatune.weights.storage import BITS
 
 PARTS: Mapping[str, str] = {
     "linears": "products with the frozen weights",
@@ -64,7 +65,8 @@ _FORWARD = 0
 """The scope that the profiler gives to operations."""
 _REPEATS = 5
 _OWN = "deltatune::product"
-_PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1, _OWN: 0}
+_CODED = "deltatune::coded_product"
+_PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1, _OWN: 0, _CODED: 0}
 """Operations that multiply matrices, with the place of the first of both factors."""
 Product = tuple[int, int, int]
 """Rows, inner features and columns of a product of two matrices."""
@@ -257,7 +259,10 @@ def _product(event: Any, sides: list[tuple[int, int]], tokens: int) -> Product |
         return None
     place = _PRODUCTS[event.name]
     left, right = (tuple(shape) for shape in event.input_shapes[place : place + 2])
-    right = right[::-1] if event.name == _OWN else right  # it is given a weight
+    if event.name == _OWN:  # it is given a weight
+        right = right[::-1]
+    if event.name == _CODED:  # or rows of bytes that stand for one
+        right = _decoded(right, left[1], sides)
     product = (*left, right[1])
     thin = min(product) < min(map(min, sides))
     for factor in (left, right):
@@ -265,6 +270,15 @@ def _product(event: Any, sides: list[tuple[int, int]], tokens: int) -> Product |
             # As many tokens as a weight has rows: their product with a method's thin matrix looks like the weight's.
             return None if thin and tokens in factor else product
     return None
+
+
+def _decoded(stored: tuple[int, int], inner: int, sides: list[tuple[int, int]]) -> tuple[int, int]:
+    """The shape, or its transpose, of the weight that rows of bytes stand for; it multiplies so many features."""
+    rows, size = stored
+    for out, width in sides:
+        if out == rows and inner in (out, width) and 8 * size in [bits * width for bits in BITS.values()]:
+            return (width, out) if inner == width else (out, width)
+    return stored
 
 
 @contextmanager

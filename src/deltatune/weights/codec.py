@@ -83,6 +83,15 @@ def decode_scales(packed: Packed) -> Float[Tensor, " blocks"]:
     return scales.add_(offset)
 
 
+def codes_of(packed: Packed, storage: Storage) -> kernels.Codes:
+    """A weight in fewer bits, as the compiled loops take it."""
+    map = dynamic_map.levels(True, packed.codes.device)
+    level = None if storage.format == "int8" else levels(storage.format)
+    codes, scales, coarse, offset = packed
+    assert scales is not None
+    return kernels.Codes(codes, scales, coarse, offset, map, level, storage.block, BITS[storage.format])
+
+
 def decode(
     packed: Packed, storage: Storage, out: Float[Tensor, " numbers"], start: int = 0
 ) -> Float[Tensor, " numbers"]:
@@ -111,10 +120,7 @@ def _decode(
         return
     bits, place = BITS[storage.format], start // storage.block
     if kernels.ready(out) and out.is_contiguous():
-        map = dynamic_map.levels(True, out.device)
-        tables = map, None if storage.format == "int8" else levels(storage.format)
-        assert scales is not None
-        kernels.decode(codes, scales, coarse, offset, tables, out, start, storage.block, bits)
+        kernels.decode(codes_of(packed, storage), out, start)
         return
     scales = decode_scales(packed)
     if storage.format == "int8":

@@ -56,21 +56,24 @@ class FrozenWeight(ABC):
         self, x: Float[Tensor, "tokens in"], bias: Float[Tensor, " out"] | None = None, update: Update | None = None
     ) -> Float[Tensor, "tokens out"]:
         """x·Wᵀ + h·F + bias: the forward product. `update`, if there is one, is h (tokens, rank) and F (rank, out)."""
-        return self._product(x, self.read(x.dtype), None if bias is None else bias.to(x.dtype), update)
+        return self._product(x, False, None if bias is None else bias.to(x.dtype), update)
 
     def matmul_transposed(
         self, g: Float[Tensor, "tokens out"], update: Update | None = None
     ) -> Float[Tensor, "tokens in"]:
         """g·W + h·F: the product that carries a gradient back to the input. F is (rank, in) here."""
-        return self._product(g, self.read(g.dtype).T, None, update)
+        return self._product(g, True, None, update)
 
     def _product(
         self,
-        x: Float[Tensor, "tokens in"],
-        weight: Float[Tensor, "out in"],
-        bias: Float[Tensor, " out"] | None,
+        x: Float[Tensor, "tokens inner"],
+        turned: bool,
+        bias: Float[Tensor, " outer"] | None,
         update: Update | None,
-    ) -> Float[Tensor, "tokens out"]:
+    ) -> Float[Tensor, "tokens outer"]:
+        """The product with W, or (`turned`) with its transpose."""
+        weight = self.read(x.dtype)
+        weight = weight.T if turned else weight
         if self._quick and kernels.multiplies(x, weight):
             return kernels.product(x, weight, bias, update)
         if update is None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.pytorch_utils import Conv1D
 
-from deltatune.weights.codec import Packed, aligned, decode, encode
-from deltatune.weights.frozen import FrozenWeight, linear
+from deltatune import kernels
+from deltatune.weights.codec import Packed, aligned, codes_of, decode, encode
+from deltatune.weights.frozen import FrozenWeight, Update, linear
 from deltatune.weights.storage import DENSE, Storage
 
 _ROWS = 1 << 20
@@ -166,6 +167,18 @@ class QuantisedWeight(FrozenWeight):
             return stored.to(dtype)
         flat = _scratch(self.out * self.in_, dtype, self._module.codes.device)
         return decode(self._module.packed, self._module.storage, flat).view(self.out, self.in_)
+
+    def _product(
+        self,
+        x: Float[Tensor, "tokens inner"],
+        turned: bool,
+        bias: Float[Tensor, " outer"] | None,
+        update: Update | None,
+    ) -> Float[Tensor, "tokens outer"]:
+        module, shape = self._module, (self.out, self.in_)
+        if self._quick and module.storage.format not in DENSE and kernels.multiplies_codes(x, *shape):
+            return kernels.product_with_codes(x, codes_of(module.packed, module.storage), shape, turned, bias, update)
+        return super()._product(x, turned, bias, update)
 
     @torch.no_grad()
     def dense(self) -> Float[Tensor, "out in"]:
