@@ -14,6 +14,7 @@ from deltatune.models.attach import after_step, learning_rates, penalty, settled
 from deltatune.models.quantise import total_parameters
 from deltatune.training.checkpointing import checkpointing
 from deltatune.training.events import Evaluated, Finished, Listener, Started, Step
+from deltatune.training.memory import keep_freed
 from deltatune.training.optimisers import make_optimiser
 from deltatune.training.pooled import pooled
 from deltatune.training.precision import Computed
@@ -61,6 +62,8 @@ def train(
         )
     )
     seconds, seen, tokens = 0.0, 0, 0
+    if next(iter(parameters.values())).device.type == "cpu":
+        keep_freed(settings.heap)
     model.train()
     prefix = Prefix(model, settings.cache, settings.cache_on)
     some = task.collate(examples, groups[0][0][:1])

@@ -1,4 +1,4 @@
-"""Resident memory of this process: now, and at its highest; and giving back what is free."""
+"""Resident memory of this process: now, and at its highest; and what becomes of memory that it frees."""
 
 import ctypes
 import resource
@@ -6,6 +6,13 @@ import sys
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
+_TRIM, _MAP = -1, -3
+"""glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD (mallopt(3))."""
+_HUGE = 14
+"""Linux's MADV_HUGEPAGE (madvise(2))."""
+_PAGE = 4096
+MOST_KEPT = 2**31 - 2**27
+"""Bytes that glibc can be told to keep: an int, less what may be free already."""
 
 
 def resident() -> int:
@@ -26,8 +33,36 @@ def peak() -> int:
 
 def give_back() -> None:
     """Hands free memory back to the system, where the C library can (glibc); it keeps most of it for itself else."""
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
+    if (library := _glibc()) is not None:
+        library.malloc_trim(0)
+
+
+def keep_freed(most: int) -> bool:
+    """Lets up to so many bytes that are freed from now on stay with this process, in large pages; whether it can.
+
+    A step then finds memory where the one before left it. Otherwise glibc gives most of it back, and the system clears
+    it anew, page by page. No more is resident than the process ever needs at once.
+    """
+    library = _glibc()
+    if library is None or most <= 0:
+        return False
+    library.malloc_trim(0)
+    library.mallopt(_MAP, 2**31 - 1)  # it comes from the heap, however large it is,
+    library.mallopt(_TRIM, 2**31 - 1)  # which does not shrink
+    library.malloc.restype = ctypes.c_void_p
+    room = library.malloc(ctypes.c_size_t(most))
+    if room is None:
+        return False
+    begin = -(-room // _PAGE) * _PAGE
+    library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t((room + most - begin) // _PAGE * _PAGE), _HUGE)
+    library.free(ctypes.c_void_p(room))
+    return True
+
+
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, where that is glibc."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    return library if hasattr(library, "malloc_trim") else None
 
 
 def _field(name: str) -> int:

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
+from deltatune.training.memory import MOST_KEPT
 from deltatune.training.optimisers import Optimiser
 from deltatune.training.pieces import Piece
 from deltatune.training.precision import Precision
@@ -44,6 +45,8 @@ class Training(BaseModel):
     """Room for what enters the lowest trained block, such as 1GB: kept in the first epoch, reused in the later ones."""
     cache_on: Literal["memory", "disk"] = "memory"
     """Where: disk is files in the system's folder for temporary ones (TMPDIR), mapped into memory."""
+    heap: ByteSize = Field(ByteSize(MOST_KEPT), ge=0, le=MOST_KEPT)
+    """Memory that a run on a CPU keeps between its steps instead of giving it back, such as 500MB: a step is faster."""
     plain: tuple[Piece, ...] = ()
     """Fast pieces of the step that plain ones stand for, to see what they are worth or to find a fault in one."""
     precision: Precision = "auto"
