@@ -30,7 +30,7 @@ from deltatune.training.task import Scores
 
 log = logging.getLogger("deltatune")
 
-_CHUNK = 2**26
+_CHUNK = 96 * 2**20
 """Bytes of the float32 logits that exist at once."""
 
 
@@ -157,7 +157,10 @@ class LanguageModelling:
     def _chunks(
         self, hidden: Float[Tensor, "scored width"], targets: Int[Tensor, " scored"]
     ) -> Iterator[tuple[Float[Tensor, "rows width"], Int[Tensor, " rows"]]]:
-        size = max(ROWS, _CHUNK // (4 * self.model.config.get_text_config().vocab_size) // ROWS * ROWS)
+        """Parts of about the same size: each reads the output layer's weight once more."""
+        most = max(ROWS, _CHUNK // (4 * self.model.config.get_text_config().vocab_size) // ROWS * ROWS)
+        parts = max(1, -(-len(targets) // most))
+        size = max(1, -(-len(targets) // (parts * ROWS)) * ROWS)
         return zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
