@@ -92,6 +92,23 @@ def test_low_rank_updates(tokens: int, width: int, out: int, rank: int, biased: 
         near(found, wanted)
 
 
+@needs_kernels
+@TYPES
+@pytest.mark.parametrize(("tokens", "width", "out", "rank"), SIZES, ids=str)
+def test_low_rank_updates_with_a_magnitude(tokens: int, width: int, out: int, rank: int, dtype: torch.dtype) -> None:
+    """The gradients of m/n ⊙ (Y + B·A·x), given what the magnitude is of."""
+    x, dy, Y = (numbers(tokens, size, dtype=dtype, seed=seed) for seed, size in enumerate((width, out, out)))
+    A, B = numbers(rank, width, dtype=torch.float32), numbers(out, rank, dtype=torch.float32, seed=1)
+    m, n = numbers(out, dtype=torch.float32, seed=2), numbers(out, dtype=torch.float32, seed=3).abs() + 0.5
+    Z = (Y.double() + 0.25 * (x.double() @ A.double().T) @ B.double().T).to(dtype)
+    found = kernels.low_rank(x, A, B, 0.25)
+    dh, dA, dB, dZ, dm = kernels.magnified_low_rank_backward(x, found[0], Z, m, n, dy, found[1], 0.25)
+    near(dZ, dy.double() * m.double() / n.double())
+    near(dm, (dy.double() * Z.double()).sum(0) / n.double())
+    for one, other in zip((dh, dA, dB), kernels.low_rank_backward(x, found[0], dZ, found[1], 0.25), strict=True):
+        assert torch.equal(one[:, :rank] if one is dh else one, other[:, :rank] if one is dh else other)
+
+
 needs_products = pytest.mark.skipif(not kernels.multiplies_pairs(), reason="no processor for products of our own")
 
 
@@ -430,6 +447,7 @@ def everything(dtype: torch.dtype) -> list[Tensor]:
         kernels.rotate(x[:, :36].reshape(13, 2, 18), x[:, :18], up[:, :18], False), attended, *passed,
         kernels.low_rank_output(h, factor, weight, dtype), *kernels.low_rank_backward(x, h, dy, factor, 0.5)[1:],
         kernels.scale_columns(x, factors, norms, factors), *kernels.scale_columns_backward(x, factors, norms, dy),
+        *kernels.magnified_low_rank_backward(x, h, up, factors, norms, dy, factor, 0.5)[1:],
         kernels.updated_norms(x, A, B[:13].contiguous(), 0.5, factors[:13].abs()),
         logits, losses, kernels.drop(x, 0.3, 7),
         *(decode(encode(x, storage), storage, x.new_empty(x.numel())) for storage in map(parse_storage, FORMATS[:5])),

@@ -243,14 +243,14 @@ INLINE void transpose(const unit *from, size stride, unit *to, size width)
 }
 #endif
 
-/* scale · the sums of all threads, which lie `each` numbers apart; within their parallel region. */
-static inline void add_up(const float *sums, size each, float *to, size count, float scale)
+/* scale · the sums of all threads, which lie `each` numbers apart, over `below` where it is there; within their region. */
+static inline void add_up(const float *sums, size each, float *to, const float *below, size count, float scale)
 {
     size threads = omp_get_num_threads();
 #pragma omp for schedule(static) nowait
     for (size i = 0; i < count; i++) {
         float sum = sums[i];
         for (size thread = 1; thread < threads; thread++) sum += sums[thread * each + i];
-        to[i] = scale * sum;
+        to[i] = below ? scale * sum / below[i] : scale * sum;
     }
 }

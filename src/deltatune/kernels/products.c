@@ -186,7 +186,7 @@ const int32_t multiplies = 0;
 
 /* The factors are few rows of fp32 each, (rank, width). What a token has between them, h, takes `padded` numbers:
    the rank rounded up to whole groups, of which the last may have numbers that nobody reads. */
-enum { TOKENS = 4, RANKS = 8, SOME = 32 };
+enum { TOKENS = 4, FEW = 8, RANKS = 8, SOME = 32 };
 static inline size padded(size rank) { return (rank + RANKS - 1) / RANKS * RANKS; }
 
 /* Of every `group` numbers of a, then of b, half as many: the sums of those that are half a group apart. */
@@ -317,44 +317,42 @@ void low_rank_output(const float *h, const float *factor, const number *bias, nu
         outer(h + t * padded(rank), factor, bias, y + t * width, tokens - t < TOKENS ? tokens - t : TOKENS, width, rank);
 }
 
-/* Every thread has sums of its own, (rank, width) and (rank, out), which are added up in the end. */
-void low_rank_backward(const number *x, const float *h, const number *dy, const float *scaled, float scale, float *dh,
-                       float *sums, float *dA, float *dB, size tokens, size width, size out, size rank, size threads)
-{
-    size each = rank * (width + out);
-#pragma omp parallel num_threads(threads)
-    {
-        float *own = sums + omp_get_thread_num() * each;
-        memset(own, 0, each * sizeof *own);
-#pragma omp for schedule(static)
-        for (size from = 0; from < tokens; from += SOME) {
-            size some = tokens - from < SOME ? tokens - from : SOME;
-            float *slope = dh + from * padded(rank);
-            inner(dy + from * out, scaled, slope, some, out, rank);
-            gradients(x + from * width, slope, own, some, width, rank);
-            gradients(dy + from * out, h + from * padded(rank), own + rank * width, some, out, rank);
-        }
-        add_up(sums, each, dA, rank * width, 1);
-        add_up(sums + rank * width, each, dB, rank * out, scale);
-    }
-}
-
 /* Magnitudes ---------------------------------------------------------------------------------------------------- */
 
-/* The norm of each row of W + scale·B·A, from the squares of W's own and BG = B·A·Aᵀ. */
-void updated_norms(const number *weight, const float *A, const float *B, const float *BG, float scale, const float *squares,
+/* A·Aᵀ for rows of fp32. */
+static void gram(const float *A, float *G, size rank, size width)
+{
+    for (size k = 0; k < rank; k++)
+        for (size j = 0; j <= k; j++) {
+            floats sum = {0};
+            for (size i = 0; i < width; i += LANES)
+                sum += load_floats(A + k * width + i, width - i) * load_floats(A + j * width + i, width - i);
+            G[k * rank + j] = G[j * rank + k] = total(sum);
+        }
+}
+
+/* The norm of each row of W + scale·B·A, from the squares of W's own; `none` stands for one that is zero. */
+void updated_norms(const number *weight, const float *A, const float *B, float scale, const float *squares, float none,
                    float *norms, size out, size width, size rank)
 {
-#pragma omp parallel for schedule(static)
-    for (size o = 0; o < out; o += TOKENS) {
-        size now = out - o < TOKENS ? out - o : TOKENS;
-        float U[TOKENS * padded(rank)]; /* W·Aᵀ */
-        inner(weight + o * width, A, U, now, width, rank);
-        for (size r = 0; r < now; r++) {
-            const float *b = B + (o + r) * rank, *own = BG + (o + r) * rank;
-            float square = squares[o + r];
-            for (size k = 0; k < rank; k++) square += scale * b[k] * (2 * U[r * padded(rank) + k] + scale * own[k]);
-            norms[o + r] = square > 0 ? sqrtf(square) : 0;
+#pragma omp parallel
+    {
+        float G[rank * rank], U[TOKENS * padded(rank)]; /* U is W·Aᵀ */
+        gram(A, G, rank, width);
+#pragma omp for schedule(static)
+        for (size o = 0; o < out; o += TOKENS) {
+            size now = out - o < TOKENS ? out - o : TOKENS;
+            inner(weight + o * width, A, U, now, width, rank);
+            for (size r = 0; r < now; r++) {
+                const float *b = B + (o + r) * rank;
+                float square = squares[o + r];
+                for (size k = 0; k < rank; k++) {
+                    float own = 0;
+                    for (size j = 0; j < rank; j++) own += b[j] * G[k * rank + j];
+                    square += scale * b[k] * (2 * U[r * padded(rank) + k] + scale * own);
+                }
+                norms[o + r] = square > 0 ? sqrtf(square) : none;
+            }
         }
     }
 }
@@ -363,13 +361,32 @@ void updated_norms(const number *weight, const float *A, const float *B, const f
 void scale_columns(const number *x, const float *m, const float *n, const float *bias, number *y, size rows, size width)
 {
 #pragma omp parallel for schedule(static)
-    for (size from = 0; from < rows; from += TOKENS) {
-        size until = rows - from < TOKENS ? rows : from + TOKENS;
+    for (size from = 0; from < rows; from += FEW) {
+        size until = rows - from < FEW ? rows : from + FEW;
         for (size i = 0; i < width; i += LANES) {
             size some = width - i;
             floats factor = load_floats(m + i, some) / load_floats(n + i, some), plus = bias ? load_floats(bias + i, some) : all(0);
             for (size row = from; row < until; row++)
                 store(y + row * width + i, load(x + row * width + i, some) * factor + plus, some);
+        }
+    }
+}
+
+/* dx = m/n · dy for some rows; Σ dy · x is added to the sums. */
+static void scale_back(const number *x, const float *m, const float *n, const number *dy, number *dx, float *sums, size rows,
+                       size width)
+{
+    for (size from = 0; from < rows; from += FEW) {
+        size until = rows - from < FEW ? rows : from + FEW;
+        for (size i = 0; i < width; i += LANES) {
+            size some = width - i;
+            floats factor = load_floats(m + i, some) / load_floats(n + i, some), sum = load_floats(sums + i, some);
+            for (size row = from; row < until; row++) {
+                floats now = load(dy + row * width + i, some);
+                sum += now * load(x + row * width + i, some);
+                store(dx + row * width + i, now * factor, some);
+            }
+            store_floats(sums + i, sum, some);
         }
     }
 }
@@ -383,22 +400,38 @@ void scale_columns_backward(const number *x, const float *m, const float *n, con
         float *own = sums + omp_get_thread_num() * width;
         memset(own, 0, width * sizeof *own);
 #pragma omp for schedule(static)
-        for (size from = 0; from < rows; from += TOKENS) {
-            size until = rows - from < TOKENS ? rows : from + TOKENS;
-            for (size i = 0; i < width; i += LANES) {
-                size some = width - i;
-                floats below = load_floats(n + i, some), factor = load_floats(m + i, some) / below, sum = load_floats(own + i, some);
-                for (size row = from; row < until; row++) {
-                    floats now = load(dy + row * width + i, some);
-                    sum += now * load(x + row * width + i, some);
-                    store(dx + row * width + i, now * factor, some);
-                }
-                store_floats(own + i, sum, some);
-            }
-        }
-        add_up(sums, width, dm, width, 1);
-#pragma omp barrier
+        for (size from = 0; from < rows; from += FEW)
+            scale_back(x + from * width, m, n, dy + from * width, dx + from * width, own, rows - from < FEW ? rows - from : FEW,
+                       width);
+        add_up(sums, width, dm, n, width, 1);
+    }
+}
+
+/* Low-rank updates, backward ------------------------------------------------------------------------------------ */
+
+/* Every thread has sums of its own, (rank, width), (rank, out) and, where there is a magnitude, (out), which are added up in
+   the end. A magnitude is of Z, and what goes on from there is dZ. */
+void low_rank_backward(const number *x, const float *h, const number *dy, const float *scaled, float scale, const number *Z,
+                       const float *m, const float *n, float *dh, float *sums, float *dA, float *dB, number *dZ, float *dm,
+                       size tokens, size width, size out, size rank, size threads)
+{
+    size factors = rank * (width + out), each = factors + (m ? out : 0);
+#pragma omp parallel num_threads(threads)
+    {
+        float *own = sums + omp_get_thread_num() * each;
+        memset(own, 0, each * sizeof *own);
 #pragma omp for schedule(static)
-        for (size i = 0; i < width; i++) dm[i] /= n[i];
+        for (size from = 0; from < tokens; from += SOME) {
+            size some = tokens - from < SOME ? tokens - from : SOME, place = from * out;
+            const number *slopes = m ? dZ + place : dy + place;
+            float *slope = dh + from * padded(rank);
+            if (m) scale_back(Z + place, m, n, dy + place, dZ + place, own + factors, some, out);
+            inner(slopes, scaled, slope, some, out, rank);
+            gradients(x + from * width, slope, own, some, width, rank);
+            gradients(slopes, h + from * padded(rank), own + rank * width, some, out, rank);
+        }
+        add_up(sums, each, dA, NULL, rank * width, 1);
+        add_up(sums + rank * width, each, dB, NULL, rank * out, scale);
+        if (m) add_up(sums + factors, each, dm, n, out, 1);
     }
 }

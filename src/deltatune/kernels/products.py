@@ -98,16 +98,42 @@ def low_rank_backward(
     return found
 
 
+def magnified_low_rank_backward(
+    x: Float[Tensor, "tokens in"],
+    h: Float[Tensor, "tokens padded"],
+    Z: Float[Tensor, "tokens out"],
+    m: Float[Tensor, " out"],
+    n: Float[Tensor, " out"],
+    dy: Float[Tensor, "tokens out"],
+    factor: Float[Tensor, "rank out"],
+    scale: float,
+) -> tuple[
+    Float[Tensor, "tokens padded"],
+    Float[Tensor, "rank in"],
+    Float[Tensor, "rank out"],
+    Float[Tensor, "tokens out"],
+    Float[Tensor, " out"],
+]:
+    """`scale_columns_backward`, and `low_rank_backward` from what it gives: dh, dA, dBᵀ, dZ and dm."""
+    found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _MAGNIFIED_LOW_RANK_BACKWARD(
+        x.contiguous(), h, Z, m.contiguous(), n.contiguous(), dy.contiguous(), factor, scale
+    )
+    return found
+
+
 def updated_norms(
     weight: Float[Tensor, "out in"],
     A: Float[Tensor, "rank in"],
     B: Float[Tensor, "out rank"],
     scale: float,
     squares: Float[Tensor, " out"],
+    none: float = 0.0,
 ) -> Float[Tensor, " out"]:
-    """The norm of each row of W + scale·B·A, given the squares of those of W. All but W is fp32."""
-    A, B = A.contiguous(), B.contiguous()
-    norms: Tensor = _UPDATED_NORMS(weight.contiguous(), A, B, B @ (A @ A.T), scale, squares)
+    """The norm of each row of W + scale·B·A, given the squares of those of W; `none` stands for one that is zero.
+
+    All but W is fp32.
+    """
+    norms: Tensor = _UPDATED_NORMS(weight.contiguous(), A.contiguous(), B.contiguous(), scale, squares, none)
     return norms
 
 
@@ -194,19 +220,38 @@ def _low_rank_output(h: Tensor, factor: Tensor, bias: Tensor | None, dtype: torc
 
 
 def _low_rank_backward(x: Tensor, h: Tensor, dy: Tensor, factor: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _back(x, h, dy, factor, scale, (None, None, None), (None, None))
+
+
+def _magnified_low_rank_backward(
+    x: Tensor, h: Tensor, Z: Tensor, m: Tensor, n: Tensor, dy: Tensor, factor: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dZ, dm = torch.empty_like(dy), torch.empty_like(m)
+    return *_back(x, h, dy, factor, scale, (Z, m, n), (dZ, dm)), dZ, dm
+
+
+def _back(
+    x: Tensor,
+    h: Tensor,
+    dy: Tensor,
+    factor: Tensor,
+    scale: float,
+    magnitude: tuple[Tensor | None, Tensor | None, Tensor | None],
+    slopes: tuple[Tensor | None, Tensor | None],
+) -> tuple[Tensor, Tensor, Tensor]:
     (tokens, width), (rank, out), threads = x.shape, factor.shape, torch.get_num_threads()
     dh, dA, dB = torch.empty_like(h), h.new_empty(rank, width), torch.empty_like(factor)
-    sums = h.new_empty(threads, rank * (width + out))
+    sums = h.new_empty(threads, rank * (width + out) + (0 if slopes[1] is None else out))
     if not x.is_meta:
         sizes = tokens, width, out, rank, threads
-        _low_rank_backward_loop(x, x, h, dy, factor, scale, dh, sums, dA, dB, *sizes)
+        _low_rank_backward_loop(x, x, h, dy, factor, scale, *magnitude, dh, sums, dA, dB, *slopes, *sizes)
     return dh, dA, dB
 
 
-def _updated_norms(weight: Tensor, A: Tensor, B: Tensor, BG: Tensor, scale: float, squares: Tensor) -> Tensor:
+def _updated_norms(weight: Tensor, A: Tensor, B: Tensor, scale: float, squares: Tensor, none: float) -> Tensor:
     norms = torch.empty_like(squares)
     if not weight.is_meta:
-        _updated_norms_loop(weight, weight, A, B, BG, scale, squares, norms, *weight.shape, len(A))
+        _updated_norms_loop(weight, weight, A, B, scale, squares, none, norms, *weight.shape, len(A))
     return norms
 
 
@@ -229,8 +274,8 @@ _product_loop = Loop("product", "ttntttnnttnnnnn")
 _coded_product_loop = Loop("coded_product", "tttttttnnntttnnttnnnnn")
 _low_rank_loop = Loop("low_rank", "tttfttnnnn")
 _low_rank_output_loop = Loop("low_rank_output", "ttttnnn")
-_low_rank_backward_loop = Loop("low_rank_backward", "ttttfttttnnnnn")
-_updated_norms_loop = Loop("updated_norms", "ttttfttnnn")
+_low_rank_backward_loop = Loop("low_rank_backward", "ttttfttt" + "tttttt" + "nnnnn")
+_updated_norms_loop = Loop("updated_norms", "tttftftnnn")
 _scale_columns_loop = Loop("scale_columns", "tttttnn")
 _scale_columns_backward_loop = Loop("scale_columns_backward", "tttttttnnn")
 
@@ -248,8 +293,14 @@ _LOW_RANK_BACKWARD = operator(
     "low_rank_backward(Tensor x, Tensor h, Tensor dy, Tensor factor, float scale) -> (Tensor, Tensor, Tensor)",
     _low_rank_backward,
 )
+_MAGNIFIED_LOW_RANK_BACKWARD = operator(
+    "magnified_low_rank_backward(Tensor x, Tensor h, Tensor Z, Tensor m, Tensor n, Tensor dy, Tensor factor,"
+    " float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _magnified_low_rank_backward,
+)
 _UPDATED_NORMS = operator(
-    "updated_norms(Tensor weight, Tensor A, Tensor B, Tensor BG, float scale, Tensor squares) -> Tensor", _updated_norms
+    "updated_norms(Tensor weight, Tensor A, Tensor B, float scale, Tensor squares, float none) -> Tensor",
+    _updated_norms,
 )
 _SCALE_COLUMNS = operator("scale_columns(Tensor x, Tensor m, Tensor n, Tensor? bias) -> Tensor", _scale_columns)
 _SCALE_COLUMNS_BACKWARD = operator(

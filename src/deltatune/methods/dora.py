@@ -214,8 +214,6 @@ class _Decomposed(nn.Module):
         norm = torch.linalg.vector_norm(V, dim=dim, keepdim=True)
         return (self.m[:, None] / _divisor(norm.detach()) * V).to(weight.dtype)
 
-    @torch.inference_mode(False)  # what an evaluation leaves behind serves the next training step
-    @torch.no_grad()
     def norm(self, weight: FrozenWeight, dtype: torch.dtype) -> Float[Tensor, " magnitudes"]:
         """What m is divided by. W is read in `dtype`; where `kernels` does not take it, its product is of that.
 
@@ -224,32 +222,38 @@ class _Decomposed(nn.Module):
         """
         kept, version = self._kept, weight.version
         if kept is None or (kept.weight, kept.dtype) != (version, dtype) or not _same(kept, self.A, self.B):
-            norm = self.rows(weight, dtype)
-            if self.magnitude == "scalar-frobenius":
-                norm = torch.linalg.vector_norm(norm, dim=0, keepdim=True)
-            kept = _Kept(self.A.detach().clone(), self.B.detach().clone(), version, dtype, _divisor(norm))
-            self._kept = kept
+            with torch.inference_mode(False), torch.no_grad():  # an evaluation's serves the next training step
+                if self.magnitude == "scalar-frobenius":
+                    norm = _divisor(torch.linalg.vector_norm(self.rows(weight, dtype), dim=0, keepdim=True))
+                else:
+                    norm = self.rows(weight, dtype, none=1.0)
+                self._kept = kept = _Kept(self.A.clone(), self.B.clone(), version, dtype, norm)
         return kept.norm
 
     @torch.no_grad()
-    def rows(self, weight: FrozenWeight, dtype: torch.dtype) -> Float[Tensor, " out"]:
-        """The norm of each row of V, or of ΔW where that is normalised, from the thin factors."""
-        A, B, scale = self.A, self.B, self.scale
+    def rows(self, weight: FrozenWeight, dtype: torch.dtype, none: float = 0.0) -> Float[Tensor, " out"]:
+        """The norm of each row of V, or of ΔW where that is normalised, from the thin factors.
+
+        `none` stands for one that is zero.
+        """
+        A, B, scale, update = self.A, self.B, self.scale, self.magnitude == "normalised-update"
+        if not update:
+            squares, stored = self._weight_squares(weight), weight.read(dtype)
+            small = len(A) <= _SMALL and A.dtype == B.dtype == squares.dtype == torch.float32
+            if small and kernels.ready(stored) and stored.is_contiguous():
+                return kernels.updated_norms(stored, A, B, scale, squares, none)
         with torch.autocast(A.device.type, enabled=False):
-            if self.magnitude == "normalised-update":
-                squares = scale**2 * _of_rows(A, B)
-            else:
-                squares, stored = self._weight_squares(weight), weight.read(dtype)
-                small = len(A) <= _SMALL and {A.dtype, B.dtype, squares.dtype} == {torch.float32}
-                if small and kernels.ready(stored) and stored.is_contiguous():
-                    return kernels.updated_norms(stored, A, B, scale, squares)
+            sums = scale**2 * _of_rows(A, B)
+            if not update:
                 U = (stored @ A.to(dtype).T).to(B.dtype)  # (out, rank)
-                squares = scale**2 * _of_rows(A, B) + squares + 2 * scale * (U * B).sum(1)
-        return squares.clamp_(min=0).sqrt_()
+                sums += squares + 2 * scale * (U * B).sum(1)
+        norms = sums.clamp_(min=0).sqrt_()
+        return torch.where(norms == 0, none, norms)
 
     def _weight_squares(self, weight: FrozenWeight) -> Float[Tensor, " out"]:
-        if self._squares is None or self._squares[0] != weight.version:
-            self._squares = weight.version, weight.row_norms().square()
+        version = weight.version
+        if self._squares is None or self._squares[0] != version:
+            self._squares = version, weight.row_norms().square()
         return self._squares[1]
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from deltatune import kernels
-from deltatune.methods.magnitude import magnified, magnified_backward
+from deltatune.methods.magnitude import magnified, magnified_backward, summed, wide
 from deltatune.weights import FrozenWeight
 
 _SMALL = 16
@@ -115,8 +115,13 @@ class _Compiled(torch.autograd.Function):
         branch, A, h, factor, Z, m, n = ctx.saved_tensors
         wants_x, wants_z, _, wants_bias, *_ = ctx.needs_input_grad
         bias = dy.sum(0) if wants_bias else None
-        dy, dm = (dy, None) if Z is None else magnified_backward(Z, m, n, dy)
-        dh, dA, dB = kernels.low_rank_backward(branch, h, dy, factor, ctx.scale)
+        dm = None
+        if Z is None:
+            dh, dA, dB = kernels.low_rank_backward(branch, h, dy, factor, ctx.scale)
+        else:
+            found = kernels.magnified_low_rank_backward(branch, h, Z, *wide(Z, m, n), dy, factor, ctx.scale)
+            dh, dA, dB, dy, each = found
+            dm = summed(each, m)
         dx = ctx.weight.matmul_transposed(dy, None if ctx.dropped else (dh, A)) if wants_x else None
         dz = kernels.low_rank_output(dh, A, None, dy.dtype) if wants_z else None
         return dx, dz, None, bias, dA, dB.T, None, dm, None

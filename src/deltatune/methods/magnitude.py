@@ -28,8 +28,8 @@ def magnified(
     both in one pass.
     """
     if _compiled(Z, m, n):
-        return kernels.scale_columns(Z, *_wide(Z, m, n), None if bias is None else bias.to(m.dtype))
-    factor = _factor(Z, m, n).contiguous()
+        return kernels.scale_columns(Z, *wide(Z, m, n), None if bias is None else bias.to(m.dtype))
+    factor = (m / n).to(torch.promote_types(Z.dtype, torch.float32)).expand(Z.shape[1]).contiguous()
     mean, variance = torch.zeros_like(factor), torch.ones_like(factor)
     bias = None if bias is None else bias.to(factor.dtype)
     return F.batch_norm(Z, mean, variance, factor, bias, eps=0.0)
@@ -43,19 +43,23 @@ def magnified_backward(
 ) -> tuple[Float[Tensor, "tokens out"], Float[Tensor, " magnitudes"]]:
     """dZ and dm."""
     if _compiled(Z, m, n):
-        dZ, dm = kernels.scale_columns_backward(Z, *_wide(Z, m, n), dy)
+        dZ, dm = kernels.scale_columns_backward(Z, *wide(Z, m, n), dy)
     else:
         dZ, dm = magnified(dy, m, n, None), (dy * Z).sum(0).to(n.dtype) / n
-    return dZ, dm if dm.shape == m.shape else dm.sum(0, keepdim=True)
+    return dZ, summed(dm, m)
+
+
+def summed(each: Float[Tensor, " out"], m: Float[Tensor, " magnitudes"]) -> Float[Tensor, " magnitudes"]:
+    """The gradient of m from those of each column."""
+    return each if each.shape == m.shape else each.sum(0, keepdim=True)
+
+
+def wide(
+    Z: Float[Tensor, "tokens out"], m: Float[Tensor, " magnitudes"], n: Float[Tensor, " magnitudes"]
+) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
+    """m and n, one for each column."""
+    return (m, n) if m.shape == Z.shape[1:] else (m.expand(Z.shape[1]), n.expand(Z.shape[1]))
 
 
 def _compiled(Z: Tensor, m: Tensor, n: Tensor) -> bool:
     return kernels.ready(Z) and m.dtype == n.dtype == torch.float32
-
-
-def _wide(Z: Tensor, m: Tensor, n: Tensor) -> tuple[Float[Tensor, " out"], Float[Tensor, " out"]]:
-    return m.expand(Z.shape[1]), n.expand(Z.shape[1])
-
-
-def _factor(Z: Tensor, m: Tensor, n: Tensor) -> Float[Tensor, " out"]:
-    return (m / n).to(torch.promote_types(Z.dtype, torch.float32)).expand(Z.shape[1])

@@ -9,6 +9,7 @@ import torch
 from deltatune import kernels
 from deltatune.models.base import Base
 from deltatune.training.attention import most_tokens
+from deltatune.training.memory import keeps_freed
 from deltatune.training.pieces import COMPILED, FOR_A_CPU, PIECES, Piece, quicken
 from deltatune.training.pooled import pooled
 from deltatune.training.precision import resolve
@@ -48,8 +49,15 @@ def examine_machine(device: torch.device | str = "cpu") -> list[Finding]:
                 "PyTorch" if kernels.missing() else "compiled loops",
                 kernels.missing() or "one pass each for norms, gates, rotations, attention, dropout and the loss",
             ),
+            Finding("memory that a step frees", *_freed()),
         ]
     return [*findings, _decoding(precision, device)]
+
+
+def _freed() -> tuple[str, str]:
+    if keeps_freed():
+        return "stays, in large pages", "glibc would give it back, and it would be cleared anew; heap=0 lets it"
+    return "goes where the C library has it go", "that is not glibc"
 
 
 def _decoding(precision: str, device: torch.device) -> Finding:

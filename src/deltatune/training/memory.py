@@ -59,6 +59,11 @@ def keep_freed(most: int) -> bool:
     return True
 
 
+def keeps_freed() -> bool:
+    """Whether `keep_freed` can do anything here."""
+    return _glibc() is not None
+
+
 def _glibc() -> ctypes.CDLL | None:
     """The C library, where that is glibc."""
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
