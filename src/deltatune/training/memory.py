@@ -3,6 +3,7 @@
 import ctypes
 import resource
 import sys
+from mmap import PAGESIZE
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
@@ -10,7 +11,6 @@ _TRIM, _MAP = -1, -3
 """glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD (mallopt(3))."""
 _HUGE = 14
 """Linux's MADV_HUGEPAGE (madvise(2))."""
-_PAGE = 4096
 MOST_KEPT = 2**31 - 2**27
 """Bytes that glibc can be told to keep: an int, less what may be free already."""
 
@@ -41,7 +41,7 @@ def keep_freed(most: int) -> bool:
     """Lets up to so many bytes that are freed from now on stay with this process, in large pages; whether it can.
 
     A step then finds memory where the one before left it. Otherwise glibc gives most of it back, and the system clears
-    it anew, page by page. No more is resident than the process ever needs at once.
+    it anew, page by page. So what is resident stays at the most that it was, and large pages round it up.
     """
     library = _glibc()
     if library is None or most <= 0:
@@ -53,8 +53,8 @@ def keep_freed(most: int) -> bool:
     room = library.malloc(ctypes.c_size_t(most))
     if room is None:
         return False
-    begin = -(-room // _PAGE) * _PAGE
-    library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t((room + most - begin) // _PAGE * _PAGE), _HUGE)
+    begin, end = -(-room // PAGESIZE) * PAGESIZE, (room + most) // PAGESIZE * PAGESIZE
+    library.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(max(0, end - begin)), _HUGE)
     library.free(ctypes.c_void_p(room))
     return True
 
