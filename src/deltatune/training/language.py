@@ -30,7 +30,7 @@ from deltatune.training.task import Scores
 
 log = logging.getLogger("deltatune")
 
-_CHUNK = 96 * 2**20
+_CHUNK = 2**26
 """Bytes of the float32 logits that exist at once."""
 
 
