@@ -22,7 +22,7 @@ from deltatune.models.norms import replace_norms
 from deltatune.models.rotations import replace_rotations, rotated
 from deltatune.training.cross_entropy import cross_entropy_
 from deltatune.training.pieces import quicken
-from deltatune.weights.codec import codes_of, decode, encode
+from deltatune.weights.codec import decode, encode, product
 from deltatune.weights.storage import FORMATS, parse_storage
 from tiny import tiny_language_model
 
@@ -150,7 +150,7 @@ def test_products_with_codes(words: str, sizes: tuple[int, int, int], turned: bo
     x, bias = numbers(tokens, inner, dtype=torch.bfloat16, seed=1), numbers(outer, dtype=torch.bfloat16, seed=2)
     update = numbers(tokens, 8, dtype=torch.float32, seed=2), numbers(5, outer, dtype=torch.float32, seed=3)
     assert kernels.multiplies_codes(x, out, width)
-    found = kernels.product_with_codes(x, codes_of(packed, storage), (out, width), turned, bias, update)
+    found = product(x, packed, storage, (out, width), turned, bias, update)
     assert torch.equal(found, kernels.product(x, weight, bias, update))
 
 

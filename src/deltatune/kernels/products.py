@@ -47,20 +47,21 @@ def product(
 def product_with_codes(
     x: Float[Tensor, "tokens inner"],
     codes: Codes,
-    shape: tuple[int, int],
+    outer: int,
     turned: bool,
     bias: Float[Tensor, " outer"] | None = None,
     update: tuple[Float[Tensor, "tokens padded"], Float[Tensor, "rank outer"]] | None = None,
 ) -> Float[Tensor, "tokens outer"]:
-    """`product` with the weight of that shape which codes stand for, or `turned` with its transpose; the same bits.
+    """`product` with the weight that codes stand for, or `turned` with its transpose; the same bits.
 
-    What they stand for is never in memory as a whole.
+    What they stand for is never in memory as a whole. It is no operator: `weights.codec` has one, with its tables.
     """
     h, factor = (None, None) if update is None else (update[0], update[1].contiguous())
-    stored, *tables = codes.tensors
-    y: Tensor = _CODED_PRODUCT(
-        x.contiguous(), stored.view(shape[0], -1), *tables, codes.block, codes.bits, turned, bias, h, factor
-    )
+    x = x.contiguous()
+    y = x.new_empty(len(x), outer)
+    if not x.is_meta:
+        coded = *codes.tensors, codes.block, codes.bits
+        _coded_product_loop(x, x, *coded, int(turned), *_beside(x, y, bias, h, factor))
     return y
 
 
@@ -172,26 +173,6 @@ def _product(x: Tensor, weight: Tensor, *more: Tensor | None) -> Tensor:
     return y
 
 
-def _coded_product(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    coarse: Tensor | None,
-    offset: Tensor | None,
-    map: Tensor,
-    levels: Tensor | None,
-    block: int,
-    bits: int,
-    turned: bool,
-    *more: Tensor | None,
-) -> Tensor:
-    y = x.new_empty(len(x), codes.shape[1] * 8 // bits if turned else len(codes))
-    if not x.is_meta:
-        packed = codes, scales, coarse, offset, map, levels, block, bits
-        _coded_product_loop(x, x, *packed, int(turned), *_beside(x, y, *more))
-    return y
-
-
 def _beside(
     x: Tensor, y: Tensor, bias: Tensor | None, h: Tensor | None, factor: Tensor | None
 ) -> tuple[Tensor | int | None, ...]:
@@ -280,11 +261,6 @@ _scale_columns_loop = Loop("scale_columns", "tttttnn")
 _scale_columns_backward_loop = Loop("scale_columns_backward", "tttttttnnn")
 
 _PRODUCT = operator("product(Tensor x, Tensor weight, Tensor? bias, Tensor? h, Tensor? factor) -> Tensor", _product)
-_CODED_PRODUCT = operator(
-    "coded_product(Tensor x, Tensor codes, Tensor scales, Tensor? coarse, Tensor? offset, Tensor map, Tensor? levels,"
-    " int block, int bits, bool turned, Tensor? bias, Tensor? h, Tensor? factor) -> Tensor",
-    _coded_product,
-)
 _LOW_RANK = operator("low_rank(Tensor x, Tensor A, Tensor B, float scale) -> (Tensor, Tensor)", _low_rank)
 _LOW_RANK_OUTPUT = operator(
     "low_rank_output(Tensor h, Tensor factor, Tensor? bias, ScalarType dtype) -> Tensor", _low_rank_output

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.pytorch_utils import Conv1D
 
 from deltatune import kernels
-from deltatune.weights.codec import Packed, aligned, codes_of, decode, encode
+from deltatune.weights.codec import Packed, aligned, decode, encode, product
 from deltatune.weights.frozen import FrozenWeight, Update, linear
 from deltatune.weights.storage import DENSE, Storage
 
@@ -177,7 +177,7 @@ class QuantisedWeight(FrozenWeight):
     ) -> Float[Tensor, "tokens outer"]:
         module, shape = self._module, (self.out, self.in_)
         if self._quick and module.storage.format not in DENSE and kernels.multiplies_codes(x, *shape):
-            return kernels.product_with_codes(x, codes_of(module.packed, module.storage), shape, turned, bias, update)
+            return product(x, module.packed, module.storage, shape, turned, bias, update)
         return super()._product(x, turned, bias, update)
 
     @torch.no_grad()
