@@ -1,7 +1,8 @@
 """What a training step does on a CPU, in compiled loops: passes over activations, attention, products.
 
 They are there where the machine has a C compiler. Everybody who uses one asks `ready` (or `attends`, or `multiplies`)
-first and has another way. They are operators of PyTorch's, so what watches those (a profiler, a plan) sees them too.
+first and has another way. They are operators of PyTorch's, so what watches those (a profiler, a plan) sees them too;
+for weights in few bits `weights.codec` has the operators.
 """
 
 from deltatune.kernels.attention import Sees, attends, attention, attention_backward

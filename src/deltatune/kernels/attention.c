@@ -155,7 +155,11 @@ static void turn_bias(const struct block *block, size stride, size tokens, float
         for (size key = 0; key < tokens; key += LANES) {
             float rows[LANES * LANES];
             EACH(one, LANES)
-                store_floats(rows + one * LANES, r + one < block->count ? load(block->bias + (r + one) * stride + key, tokens - key) : all(0), LANES);
+            {
+                size from = (r + one) * stride + key;
+                floats row = r + one < block->count ? load(block->bias + from, tokens - key) : all(0);
+                store_floats(rows + one * LANES, row, LANES);
+            }
             transpose((const unit *)rows, LANES, (unit *)biases + key * block->across + r, block->across);
         }
 }
