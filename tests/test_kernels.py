@@ -88,7 +88,7 @@ def test_low_rank_updates(tokens: int, width: int, out: int, rank: int, biased: 
     near(kernels.low_rank_output(h, factor, bias, dtype), exact)
     dh, dA, dB = kernels.low_rank_backward(x, h, dy, factor, 0.25)
     dx = kernels.low_rank_output(dh, A, None, dtype)
-    for found, wanted in zip((dx, dA, dB.T), gradients, strict=True):
+    for found, wanted in zip((dx, dA, dB), gradients, strict=True):
         near(found, wanted)
 
 
@@ -204,9 +204,12 @@ def test_norms_of_the_rows_of_an_updated_weight(shape: tuple[int, int, int], dty
     )
     squares = weight.double().square().sum(1)
     exact = (weight.double() + 0.5 * B.double() @ A.double()).norm(dim=1)
-    found = kernels.updated_norms(weight, A, B, 0.5, squares.float())
+    one = kernels.Updated(weight, A, B, 0.5, squares.float())
+    none = kernels.Updated(0 * weight[:3], A, 0 * B[:3], 0.5, 0 * squares[:3].float())
+    found, ones, again = kernels.updated_norms([one, none, one], none=1.0)
     assert torch.allclose(found.double(), exact, rtol=1e-5)
-    assert not kernels.updated_norms(0 * weight, A, 0 * B, 0.5, 0 * squares.float()).any()
+    assert torch.equal(ones, torch.ones_like(ones))
+    assert torch.equal(again, found)
 
 
 @needs_kernels
@@ -448,7 +451,7 @@ def everything(dtype: torch.dtype) -> list[Tensor]:
         kernels.low_rank_output(h, factor, weight, dtype), *kernels.low_rank_backward(x, h, dy, factor, 0.5)[1:],
         kernels.scale_columns(x, factors, norms, factors), *kernels.scale_columns_backward(x, factors, norms, dy),
         *kernels.magnified_low_rank_backward(x, h, up, factors, norms, dy, factor, 0.5)[1:],
-        kernels.updated_norms(x, A, B[:13].contiguous(), 0.5, factors[:13].abs()),
+        *kernels.updated_norms([kernels.Updated(x, A, B[:13].contiguous(), 0.5, factors[:13].abs())]),
         logits, losses, kernels.drop(x, 0.3, 7),
         *(decode(encode(x, storage), storage, x.new_empty(x.numel())) for storage in map(parse_storage, FORMATS[:5])),
     ]  # fmt: skip

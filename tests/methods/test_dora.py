@@ -154,6 +154,23 @@ def test_the_norm_is_computed_once_between_two_steps() -> None:
 
 
 @pytest.mark.parametrize("magnitude", ["per-output-row", "scalar-frobenius", "normalised-update"])
+@pytest.mark.parametrize("storage", ["linear", "linear-bf16", "conv1d", "nf4"])
+def test_norms_that_a_step_finds_are_those_that_it_would_compute(storage: str, magnitude: str) -> None:
+    method = DoRA(rank=3, magnitude=magnitude)
+    layers = {str(seed): shaken(adapted(method, storage), seed) for seed in range(3)}
+    deltas = {path: layer.delta for path, layer in layers.items()}
+    method.after_step(deltas, 1, 2)  # before any was needed
+    for layer in layers.values():
+        layer(torch.randn(5, 12, dtype=layer.weight.dtype))
+        shaken(layer, 7)
+    method.after_step(deltas, 2, 2)
+    for layer in layers.values():
+        found = layer.delta.norm(layer.frozen, layer.weight.dtype)
+        fresh = copy.deepcopy(layer)  # which has none
+        assert torch.equal(fresh.delta.norm(fresh.frozen, layer.weight.dtype), found)
+
+
+@pytest.mark.parametrize("magnitude", ["per-output-row", "scalar-frobenius", "normalised-update"])
 def test_what_has_no_direction_stays_finite(magnitude: str) -> None:
     layer = adapted(DoRA(rank=3, magnitude=magnitude), "linear")
     with torch.no_grad():

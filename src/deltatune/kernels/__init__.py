@@ -19,6 +19,7 @@ from deltatune.kernels.passes import (
     rotate,
 )
 from deltatune.kernels.products import (
+    Updated,
     low_rank,
     low_rank_backward,
     low_rank_output,
@@ -35,6 +36,7 @@ from deltatune.kernels.products import (
 __all__ = [
     "Codes",
     "Sees",
+    "Updated",
     "attends",
     "attention",
     "attention_backward",

@@ -243,14 +243,16 @@ INLINE void transpose(const unit *from, size stride, unit *to, size width)
 }
 #endif
 
-/* scale · the sums of all threads, which lie `each` numbers apart, over `below` where it is there; within their region. */
-static inline void add_up(const float *sums, size each, float *to, const float *below, size count, float scale)
+/* scale · the sums (rows, width) of all threads, which lie `each` numbers apart, over `below` where it is there, as (width, rows);
+   within their region. */
+static inline void add_up(const float *sums, size each, float *to, const float *below, size rows, size width, float scale)
 {
     size threads = omp_get_num_threads();
 #pragma omp for schedule(static) nowait
-    for (size i = 0; i < count; i++) {
-        float sum = sums[i];
-        for (size thread = 1; thread < threads; thread++) sum += sums[thread * each + i];
-        to[i] = below ? scale * sum / below[i] : scale * sum;
-    }
+    for (size i = 0; i < width; i++)
+        for (size row = 0; row < rows; row++) {
+            float sum = sums[row * width + i];
+            for (size thread = 1; thread < threads; thread++) sum += sums[thread * each + row * width + i];
+            to[i * rows + row] = below ? scale * sum / below[i] : scale * sum;
+        }
 }

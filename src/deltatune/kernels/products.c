@@ -331,27 +331,37 @@ static void gram(const float *A, float *G, size rank, size width)
         }
 }
 
-/* The norm of each row of W + scale·B·A, from the squares of W's own; `none` stands for one that is zero. */
-void updated_norms(const number *weight, const float *A, const float *B, float scale, const float *squares, float none,
-                   float *norms, size out, size width, size rank)
+/* What a weight W (out, width) is with W + scale·B·A: the squares of the norms of its own rows are known. */
+struct updated {
+    const number *weight;
+    const float *A, *B, *squares;
+    float *norms;
+    size out, width, rank;
+    double scale;
+};
+
+/* The norm of each row of such sums; `none` stands for one that is zero. */
+void updated_norms(const struct updated *several, size count, float none)
 {
 #pragma omp parallel
-    {
-        float G[rank * rank], U[TOKENS * padded(rank)]; /* U is W·Aᵀ */
-        gram(A, G, rank, width);
-#pragma omp for schedule(static)
-        for (size o = 0; o < out; o += TOKENS) {
-            size now = out - o < TOKENS ? out - o : TOKENS;
-            inner(weight + o * width, A, U, now, width, rank);
+    for (size i = 0; i < count; i++) {
+        struct updated one = several[i];
+        size rank = one.rank;
+        float scale = one.scale, G[rank * rank], U[TOKENS * padded(rank)]; /* U is W·Aᵀ */
+        gram(one.A, G, rank, one.width);
+#pragma omp for schedule(static) nowait
+        for (size o = 0; o < one.out; o += TOKENS) {
+            size now = one.out - o < TOKENS ? one.out - o : TOKENS;
+            inner(one.weight + o * one.width, one.A, U, now, one.width, rank);
             for (size r = 0; r < now; r++) {
-                const float *b = B + (o + r) * rank;
-                float square = squares[o + r];
+                const float *b = one.B + (o + r) * rank;
+                float square = one.squares[o + r];
                 for (size k = 0; k < rank; k++) {
                     float own = 0;
                     for (size j = 0; j < rank; j++) own += b[j] * G[k * rank + j];
                     square += scale * b[k] * (2 * U[r * padded(rank) + k] + scale * own);
                 }
-                norms[o + r] = square > 0 ? sqrtf(square) : none;
+                one.norms[o + r] = square > 0 ? sqrtf(square) : none;
             }
         }
     }
@@ -403,14 +413,14 @@ void scale_columns_backward(const number *x, const float *m, const float *n, con
         for (size from = 0; from < rows; from += FEW)
             scale_back(x + from * width, m, n, dy + from * width, dx + from * width, own, rows - from < FEW ? rows - from : FEW,
                        width);
-        add_up(sums, width, dm, n, width, 1);
+        add_up(sums, width, dm, n, 1, width, 1);
     }
 }
 
 /* Low-rank updates, backward ------------------------------------------------------------------------------------ */
 
 /* Every thread has sums of its own, (rank, width), (rank, out) and, where there is a magnitude, (out), which are added up in
-   the end. A magnitude is of Z, and what goes on from there is dZ. */
+   the end; dB is (out, rank). A magnitude is of Z, and what goes on from there is dZ. */
 void low_rank_backward(const number *x, const float *h, const number *dy, const float *scaled, float scale, const number *Z,
                        const float *m, const float *n, float *dh, float *sums, float *dA, float *dB, number *dZ, float *dm,
                        size tokens, size width, size out, size rank, size threads)
@@ -430,8 +440,8 @@ void low_rank_backward(const number *x, const float *h, const number *dy, const 
             gradients(x + from * width, slope, own, some, width, rank);
             gradients(slopes, h + from * padded(rank), own + rank * width, some, out, rank);
         }
-        add_up(sums, each, dA, NULL, rank * width, 1);
-        add_up(sums + rank * width, each, dB, NULL, rank * out, scale);
-        if (m) add_up(sums + factors, each, dm, n, out, 1);
+        add_up(sums, each, dA, NULL, 1, rank * width, 1);
+        add_up(sums + rank * width, each, dB, NULL, rank, out, scale);
+        if (m) add_up(sums + factors, each, dm, n, 1, out, 1);
     }
 }

@@ -1,5 +1,9 @@
 """Products with frozen weights, and low-rank updates and magnitudes beside them."""
 
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -93,8 +97,8 @@ def low_rank_backward(
     dy: Float[Tensor, "tokens out"],
     factor: Float[Tensor, "rank out"],
     scale: float,
-) -> tuple[Float[Tensor, "tokens padded"], Float[Tensor, "rank in"], Float[Tensor, "rank out"]]:
-    """dh = dy·Fᵀ,  dA = dhᵀ·x  and  dBᵀ = scale·hᵀ·dy;  dh·A is what goes back to x."""
+) -> tuple[Float[Tensor, "tokens padded"], Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+    """dh = dy·Fᵀ,  dA = dhᵀ·x  and  dB = scale·dyᵀ·h;  dh·A is what goes back to x."""
     found: tuple[Tensor, Tensor, Tensor] = _LOW_RANK_BACKWARD(x.contiguous(), h, dy.contiguous(), factor, scale)
     return found
 
@@ -111,30 +115,36 @@ def magnified_low_rank_backward(
 ) -> tuple[
     Float[Tensor, "tokens padded"],
     Float[Tensor, "rank in"],
-    Float[Tensor, "rank out"],
+    Float[Tensor, "out rank"],
     Float[Tensor, "tokens out"],
     Float[Tensor, " out"],
 ]:
-    """`scale_columns_backward`, and `low_rank_backward` from what it gives: dh, dA, dBᵀ, dZ and dm."""
+    """`scale_columns_backward`, and `low_rank_backward` from what it gives: dh, dA, dB, dZ and dm."""
     found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = _MAGNIFIED_LOW_RANK_BACKWARD(
         x.contiguous(), h, Z, m.contiguous(), n.contiguous(), dy.contiguous(), factor, scale
     )
     return found
 
 
-def updated_norms(
-    weight: Float[Tensor, "out in"],
-    A: Float[Tensor, "rank in"],
-    B: Float[Tensor, "out rank"],
-    scale: float,
-    squares: Float[Tensor, " out"],
-    none: float = 0.0,
-) -> Float[Tensor, " out"]:
-    """The norm of each row of W + scale·B·A, given the squares of those of W; `none` stands for one that is zero.
+class Updated(NamedTuple):
+    """W + scale·B·A, and the squares of the norms of the rows of W, (out,). All but W is fp32."""
 
-    All but W is fp32.
-    """
-    norms: Tensor = _UPDATED_NORMS(weight.contiguous(), A.contiguous(), B.contiguous(), scale, squares, none)
+    weight: Tensor
+    A: Tensor
+    B: Tensor
+    scale: float
+    squares: Tensor
+
+
+def updated_norms(several: Sequence[Updated], none: float = 0.0) -> list[Float[Tensor, " out"]]:
+    """The norm of each row of such sums, of all of them in one loop; `none` stands for one that is zero."""
+    if not several:
+        return []
+    weights, As, Bs, scales, squares = zip(*several, strict=True)
+    norms: list[Tensor] = _UPDATED_NORMS(
+        [one.contiguous() for one in weights], [one.contiguous() for one in As], [one.contiguous() for one in Bs],
+        scales, squares, none,
+    )  # fmt: skip
     return norms
 
 
@@ -221,7 +231,7 @@ def _back(
     slopes: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     (tokens, width), (rank, out), threads = x.shape, factor.shape, torch.get_num_threads()
-    dh, dA, dB = torch.empty_like(h), h.new_empty(rank, width), torch.empty_like(factor)
+    dh, dA, dB = torch.empty_like(h), h.new_empty(rank, width), h.new_empty(out, rank)
     sums = h.new_empty(threads, rank * (width + out) + (0 if slopes[1] is None else out))
     if not x.is_meta:
         sizes = tokens, width, out, rank, threads
@@ -229,10 +239,25 @@ def _back(
     return dh, dA, dB
 
 
-def _updated_norms(weight: Tensor, A: Tensor, B: Tensor, scale: float, squares: Tensor, none: float) -> Tensor:
-    norms = torch.empty_like(squares)
-    if not weight.is_meta:
-        _updated_norms_loop(weight, weight, A, B, scale, squares, none, norms, *weight.shape, len(A))
+class _Updated(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "A", "B", "squares", "norms")),
+        *((name, ctypes.c_int64) for name in ("out", "width", "rank")),
+        ("scale", ctypes.c_double),
+    )
+
+
+def _updated_norms(
+    weights: list[Tensor], As: list[Tensor], Bs: list[Tensor], scales: list[float], squares: list[Tensor], none: float
+) -> list[Tensor]:
+    norms = [torch.empty_like(one) for one in squares]
+    if not weights[0].is_meta:
+        tensors = zip(weights, As, Bs, squares, norms, strict=True)
+        several = [
+            _Updated(*(one.data_ptr() for one in each), *each[0].shape, len(each[1]), scale)
+            for each, scale in zip(tensors, scales, strict=True)
+        ]
+        _updated_norms_loop(weights[0], (_Updated * len(several))(*several), len(several), none)
     return norms
 
 
@@ -256,7 +281,7 @@ _coded_product_loop = Loop("coded_product", "tttttttnnntttnnttnnnnn")
 _low_rank_loop = Loop("low_rank", "tttfttnnnn")
 _low_rank_output_loop = Loop("low_rank_output", "ttttnnn")
 _low_rank_backward_loop = Loop("low_rank_backward", "ttttftttttttttnnnnn")
-_updated_norms_loop = Loop("updated_norms", "tttftftnnn")
+_updated_norms_loop = Loop("updated_norms", "tnf")
 _scale_columns_loop = Loop("scale_columns", "tttttnn")
 _scale_columns_backward_loop = Loop("scale_columns_backward", "tttttttnnn")
 
@@ -275,7 +300,8 @@ _MAGNIFIED_LOW_RANK_BACKWARD = operator(
     _magnified_low_rank_backward,
 )
 _UPDATED_NORMS = operator(
-    "updated_norms(Tensor weight, Tensor A, Tensor B, float scale, Tensor squares, float none) -> Tensor",
+    "updated_norms(Tensor[] weights, Tensor[] As, Tensor[] Bs, float[] scales, Tensor[] squares, float none)"
+    " -> Tensor[]",
     _updated_norms,
 )
 _SCALE_COLUMNS = operator("scale_columns(Tensor x, Tensor m, Tensor n, Tensor? bias) -> Tensor", _scale_columns)

@@ -128,6 +128,15 @@ class DoRA(WeightDelta):
         """
         return (DoRAEmbedding if site.embedding else DoRADelta)(site, self, weight, generator)
 
+    @torch.no_grad()
+    def after_step(self, deltas: Mapping[str, nn.Module], step: int, steps: int) -> None:
+        """Computes the norms that the next step needs in one go; those of weights that are decoded wait for it."""
+        layers = [one for one in deltas.values() if isinstance(one, _Decomposed)]
+        due = [(one, told) for one in layers if (told := one.due()) is not None]
+        norms = kernels.updated_norms([told for _, told in due], none=1.0)
+        for (one, _), norm in zip(due, norms, strict=True):
+            one.keep(norm)
+
     def stored(self, site: Site, delta: nn.Module) -> dict[str, Tensor]:
         """A, B and m under PEFT's names, as `portable` has them."""
         assert isinstance(delta, _Decomposed)
@@ -227,8 +236,24 @@ class _Decomposed(nn.Module):
                     norm = _divisor(torch.linalg.vector_norm(self.rows(weight, dtype), dim=0, keepdim=True))
                 else:
                     norm = self.rows(weight, dtype, none=1.0)
-                self._kept = kept = _Kept(self.A.clone(), self.B.clone(), version, dtype, norm)
+                kept = self._keep(norm, version, dtype)
         return kept.norm
+
+    def due(self) -> kernels.Updated | None:
+        """What `kernels.updated_norms` is told for the next norm; None where it gives none, or none was needed."""
+        kept, weight = self._kept, self.frozen
+        if kept is None or self.magnitude != "per-output-row" or not weight.stored_in(kept.dtype):
+            return None
+        return self._told(weight, kept.dtype)
+
+    def keep(self, norm: Float[Tensor, " out"]) -> None:
+        """Takes the norm of what was `due`."""
+        assert self._kept is not None
+        self._keep(norm, self.frozen.version, self._kept.dtype)
+
+    def _keep(self, norm: Float[Tensor, " magnitudes"], version: Hashable, dtype: torch.dtype) -> _Kept:
+        self._kept = _Kept(self.A.clone(), self.B.clone(), version, dtype, norm)
+        return self._kept
 
     @torch.no_grad()
     def rows(self, weight: FrozenWeight, dtype: torch.dtype, none: float = 0.0) -> Float[Tensor, " out"]:
@@ -237,18 +262,25 @@ class _Decomposed(nn.Module):
         `none` stands for one that is zero.
         """
         A, B, scale, update = self.A, self.B, self.scale, self.magnitude == "normalised-update"
-        if not update:
-            squares, stored = self._weight_squares(weight), weight.read(dtype)
-            small = len(A) <= _SMALL and A.dtype == B.dtype == squares.dtype == torch.float32
-            if small and kernels.ready(stored) and stored.is_contiguous():
-                return kernels.updated_norms(stored, A, B, scale, squares, none)
+        if not update and (told := self._told(weight, dtype)) is not None:
+            return kernels.updated_norms([told], none)[0]
         with torch.autocast(A.device.type, enabled=False):
             sums = scale**2 * _of_rows(A, B)
             if not update:
-                U = (stored @ A.to(dtype).T).to(B.dtype)  # (out, rank)
-                sums += squares + 2 * scale * (U * B).sum(1)
+                U = (weight.read(dtype) @ A.to(dtype).T).to(B.dtype)  # (out, rank)
+                sums += self._weight_squares(weight) + 2 * scale * (U * B).sum(1)
         norms = sums.clamp_(min=0).sqrt_()
         return torch.where(norms == 0, none, norms)
+
+    def _told(self, weight: FrozenWeight, dtype: torch.dtype) -> kernels.Updated | None:
+        """V as `kernels.updated_norms` takes it; None where it does not."""
+        squares = self._weight_squares(weight)
+        if len(self.A) > _SMALL or not self.A.dtype == self.B.dtype == squares.dtype == torch.float32:
+            return None
+        stored = weight.read(dtype)
+        if not (kernels.ready(stored) and stored.is_contiguous()):
+            return None
+        return kernels.Updated(stored, self.A, self.B, self.scale, squares)
 
     def _weight_squares(self, weight: FrozenWeight) -> Float[Tensor, " out"]:
         version = weight.version

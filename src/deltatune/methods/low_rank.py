@@ -124,4 +124,4 @@ class _Compiled(torch.autograd.Function):
             dm = summed(each, m)
         dx = ctx.weight.matmul_transposed(dy, None if ctx.dropped else (dh, A)) if wants_x else None
         dz = kernels.low_rank_output(dh, A, None, dy.dtype) if wants_z else None
-        return dx, dz, None, bias, dA, dB.T, None, dm, None
+        return dx, dz, None, bias, dA, dB, None, dm, None

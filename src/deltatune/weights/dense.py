@@ -51,6 +51,10 @@ class DenseWeight(FrozenWeight):
         """W in that type."""
         return self.dense().to(dtype)
 
+    def stored_in(self, dtype: torch.dtype) -> bool:
+        """Whether it has that type."""
+        return self._stored.dtype == dtype
+
     def dense(self) -> Float[Tensor, "out in"]:
         """W as a view of the stored tensor; writing to it writes to the base."""
         return self._stored.T if self._transposed else self._stored

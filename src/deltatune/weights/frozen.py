@@ -84,6 +84,10 @@ class FrozenWeight(ABC):
     def read(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """W in that type for one product: the next one that is read can lie in the same memory."""
 
+    def stored_in(self, dtype: torch.dtype) -> bool:
+        """Whether it is stored in that type, so that what is read in it stays."""
+        return False
+
     @abstractmethod
     def dense(self) -> Float[Tensor, "out in"]:
         """W as an ordinary tensor: the stored one where there is one, otherwise a decoded copy."""
@@ -107,7 +111,7 @@ def linear(
     if not torch.is_grad_enabled():
         return weight.matmul(flat, bias).view(*x.shape[:-1], -1)
     y: Tensor = _Linear.apply(flat, bias, weight)  # type: ignore[no-untyped-call]
-    return y.view(*x.shape[:-1], -1)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)  # the loss writes over logits, which a view makes dear
 
 
 class _Linear(torch.autograd.Function):
