@@ -137,9 +137,10 @@ class Updated(NamedTuple):
 
 
 def updated_norms(several: Sequence[Updated], none: float = 0.0) -> list[Float[Tensor, " out"]]:
-    """The norm of each row of such sums, of all of them in one loop; `none` stands for one that is zero."""
-    if not several:
-        return []
+    """The norm of each row of such sums, of all of them in one loop; `none` stands for one that is zero.
+
+    All W are of one type.
+    """
     weights, As, Bs, scales, squares = zip(*several, strict=True)
     norms: list[Tensor] = _UPDATED_NORMS(
         [one.contiguous() for one in weights], [one.contiguous() for one in As], [one.contiguous() for one in Bs],

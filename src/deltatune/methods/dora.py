@@ -133,9 +133,11 @@ class DoRA(WeightDelta):
         """Computes the norms that the next step needs in one go; those of weights that are decoded wait for it."""
         layers = [one for one in deltas.values() if isinstance(one, _Decomposed)]
         due = [(one, told) for one in layers if (told := one.due()) is not None]
-        norms = kernels.updated_norms([told for _, told in due], none=1.0)
-        for (one, _), norm in zip(due, norms, strict=True):
-            one.keep(norm)
+        for dtype in {told.weight.dtype for _, told in due}:
+            now = [(one, told) for one, told in due if told.weight.dtype == dtype]
+            norms = kernels.updated_norms([told for _, told in now], none=1.0)
+            for (one, _), norm in zip(now, norms, strict=True):
+                one.keep(norm)
 
     def stored(self, site: Site, delta: nn.Module) -> dict[str, Tensor]:
         """A, B and m under PEFT's names, as `portable` has them."""
