@@ -210,6 +210,7 @@ def test_norms_of_the_rows_of_an_updated_weight(shape: tuple[int, int, int], dty
     assert torch.allclose(found.double(), exact, rtol=1e-5)
     assert torch.equal(ones, torch.ones_like(ones))
     assert torch.equal(again, found)
+    assert not kernels.updated_norms([none])[0].any()
 
 
 @needs_kernels

@@ -137,7 +137,7 @@ class DoRA(WeightDelta):
             now = [(one, told) for one, told in due if told.weight.dtype == dtype]
             norms = kernels.updated_norms([told for _, told in now], none=1.0)
             for (one, _), norm in zip(now, norms, strict=True):
-                one.keep(norm)
+                one.keep(norm, one.frozen.version, dtype)
 
     def stored(self, site: Site, delta: nn.Module) -> dict[str, Tensor]:
         """A, B and m under PEFT's names, as `portable` has them."""
@@ -238,7 +238,7 @@ class _Decomposed(nn.Module):
                     norm = _divisor(torch.linalg.vector_norm(self.rows(weight, dtype), dim=0, keepdim=True))
                 else:
                     norm = self.rows(weight, dtype, none=1.0)
-                kept = self._keep(norm, version, dtype)
+                kept = self.keep(norm, version, dtype)
         return kept.norm
 
     def due(self) -> kernels.Updated | None:
@@ -246,14 +246,10 @@ class _Decomposed(nn.Module):
         kept, weight = self._kept, self.frozen
         if kept is None or self.magnitude != "per-output-row" or not weight.stored_in(kept.dtype):
             return None
-        return self._told(weight, kept.dtype)
+        return self._told(weight.read(kept.dtype), self._weight_squares(weight))
 
-    def keep(self, norm: Float[Tensor, " out"]) -> None:
-        """Takes the norm of what was `due`."""
-        assert self._kept is not None
-        self._keep(norm, self.frozen.version, self._kept.dtype)
-
-    def _keep(self, norm: Float[Tensor, " magnitudes"], version: Hashable, dtype: torch.dtype) -> _Kept:
+    def keep(self, norm: Float[Tensor, " magnitudes"], version: Hashable, dtype: torch.dtype) -> _Kept:
+        """Takes it for the norm of what A and B are now, over that version of W read in that type."""
         self._kept = _Kept(self.A.clone(), self.B.clone(), version, dtype, norm)
         return self._kept
 
@@ -264,23 +260,22 @@ class _Decomposed(nn.Module):
         `none` stands for one that is zero.
         """
         A, B, scale, update = self.A, self.B, self.scale, self.magnitude == "normalised-update"
-        if not update and (told := self._told(weight, dtype)) is not None:
-            return kernels.updated_norms([told], none)[0]
+        if not update:
+            squares, stored = self._weight_squares(weight), weight.read(dtype)
+            if (told := self._told(stored, squares)) is not None:
+                return kernels.updated_norms([told], none)[0]
         with torch.autocast(A.device.type, enabled=False):
             sums = scale**2 * _of_rows(A, B)
             if not update:
-                U = (weight.read(dtype) @ A.to(dtype).T).to(B.dtype)  # (out, rank)
-                sums += self._weight_squares(weight) + 2 * scale * (U * B).sum(1)
+                U = (stored @ A.to(dtype).T).to(B.dtype)  # (out, rank)
+                sums += squares + 2 * scale * (U * B).sum(1)
         norms = sums.clamp_(min=0).sqrt_()
         return torch.where(norms == 0, none, norms)
 
-    def _told(self, weight: FrozenWeight, dtype: torch.dtype) -> kernels.Updated | None:
+    def _told(self, stored: Float[Tensor, "out in"], squares: Float[Tensor, " out"]) -> kernels.Updated | None:
         """V as `kernels.updated_norms` takes it; None where it does not."""
-        squares = self._weight_squares(weight)
-        if len(self.A) > _SMALL or not self.A.dtype == self.B.dtype == squares.dtype == torch.float32:
-            return None
-        stored = weight.read(dtype)
-        if not (kernels.ready(stored) and stored.is_contiguous()):
+        small = len(self.A) <= _SMALL and self.A.dtype == self.B.dtype == squares.dtype == torch.float32
+        if not (small and kernels.ready(stored) and stored.is_contiguous()):
             return None
         return kernels.Updated(stored, self.A, self.B, self.scale, squares)
 

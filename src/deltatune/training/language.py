@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from deltatune.data.batches import ROWS, Batch, by_length, collate_sequences
 from deltatune.data.dialogues import Dialogues
@@ -75,10 +76,10 @@ class LanguageModelling:
         for rows, wanted in self._chunks(hidden, targets):
             leaf = self._filled(rows.detach()).requires_grad_(hidden.requires_grad)
             logits = self._logits(leaf)
-            gradient = logits.detach()
+            made, gradient = get_gradient_edge(logits), logits.detach()  # once a view is written over, it has another
             total += cross_entropy_(gradient[: len(rows)], wanted, units)
             gradient[len(rows) :] = 0
-            logits.backward(gradient)  # type: ignore[no-untyped-call]
+            torch.autograd.backward(made, gradient)
             gradients.append(None if leaf.grad is None else leaf.grad[: len(rows)])
         if hidden.requires_grad:
             hidden.backward(torch.cat([gradient for gradient in gradients if gradient is not None]))  # type: ignore[no-untyped-call]

@@ -111,7 +111,7 @@ def linear(
     if not torch.is_grad_enabled():
         return weight.matmul(flat, bias).view(*x.shape[:-1], -1)
     y: Tensor = _Linear.apply(flat, bias, weight)  # type: ignore[no-untyped-call]
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)  # the loss writes over logits, which a view makes dear
+    return y.view(*x.shape[:-1], -1)
 
 
 class _Linear(torch.autograd.Function):
