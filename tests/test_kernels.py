@@ -22,7 +22,7 @@ from deltatune.models.norms import replace_norms
 from deltatune.models.rotations import replace_rotations, rotated
 from deltatune.training.cross_entropy import cross_entropy_
 from deltatune.training.pieces import quicken
-from deltatune.weights.codec import decode, encode, product
+from deltatune.weights.codec import codes_of, decode, encode
 from deltatune.weights.storage import FORMATS, parse_storage
 from tiny import tiny_language_model
 
@@ -135,6 +135,66 @@ def test_products(sizes: tuple[int, int, int], turned: bool, updated: bool) -> N
         torch.set_num_threads(threads)
     few = kernels.product(x[3:5], weight, bias, (h[3:5], factor) if updated else None)
     assert torch.equal(few, found[3:5]), "a row is the same whatever stands beside it"
+    scales = numbers(width, dtype=torch.float32, seed=4)
+    scaled = kernels.product(x, weight, bias, (h, factor) if updated else None, scales)
+    near(scaled, exact + (x.double() * (scales.double() - 1)) @ weight.double().T, 3)  # weights are rounded, too
+
+
+MAGNITUDES = [(7, 32, 32, 1), (23, 96, 224, 8), (103, 64, 1568, 3), (50, 4096, 96, 16), (38, 9248, 96, 7)]
+
+
+@needs_products
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
+@pytest.mark.parametrize("sizes", MAGNITUDES, ids=str)
+def test_products_with_a_magnitude(sizes: tuple[int, int, int, int], turned: bool) -> None:
+    """m/n ⊙ (x·Wᵀ + s·x·Aᵀ·Bᵀ), its gradients, and n."""
+    tokens, width, out, rank = sizes
+    x, dy, weight = (numbers(*shape, dtype=torch.bfloat16) for shape in ((tokens, width), (tokens, out), (out, width)))
+    weight = weight.T.contiguous().T if turned else weight
+    A, B = numbers(rank, width, dtype=torch.float32, seed=1), numbers(out, rank, dtype=torch.float32, seed=2) / 5
+    m = numbers(out, dtype=torch.float32, seed=3)
+    W, norms = weight.double(), (weight.double() + 0.5 * B.double() @ A.double()).norm(dim=1)
+    exact, dx, dA, dB, dm = formula(lambda x, A, B, m: m / norms * (x @ W.T + 0.5 * (x @ A.T) @ B.T), dy, x, A, B, m)
+    squares = W.square().sum(1).float()
+    h, factor = kernels.low_rank(x, A, B, 0.5)
+
+    def once(rows: slice) -> kernels.Magnified:
+        found = kernels.magnified_product(x[rows], weight, (h[rows], factor), A, m, squares)
+        assert found is not None
+        return found
+
+    found = once(slice(None))
+    near(found.y, exact)
+    torch.testing.assert_close(found.scales.double(), m.double() / norms, rtol=1e-3, atol=0)  # A is in bf16 there
+    torch.testing.assert_close(found.factor, found.scales * factor)
+    dh, *back = kernels.scaled_low_rank_backward(x, h, found, m, dy, 0.5)
+    back.append(kernels.product(dy, weight.T, None, (dh, A), found.scales))
+    for ours, right in zip(back, (dA, dB, dm, dx), strict=True):
+        assert (ours.double() - right).norm() < 4e-3 * right.norm()
+    assert torch.equal(once(slice(3, 5)).y, found.y[3:5]), "a row is the same whatever stands beside it"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert all(torch.equal(one, other) for one, other in zip(once(slice(None)), found, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_products
+def test_what_has_no_norm_is_multiplied_by_its_magnitude_alone_and_one_of_zero_is_said() -> None:
+    x, weight = torch.ones(3, 32).bfloat16(), torch.ones(64, 32).bfloat16()
+    weight[5] = 0
+    A, squares = torch.ones(2, 32), weight.float().square().sum(1)
+    update = kernels.low_rank(x, A, torch.zeros(64, 2), 1.0)
+    found = kernels.magnified_product(x, weight, update, A, torch.full((64,), 7.0), squares)
+    assert found is not None
+    assert found.scales[5] == 7
+    assert not found.y[:, 5].any()
+    assert found.y[:, 6].tolist() == pytest.approx([32 * 7 / 32**0.5] * 3, rel=4e-3)
+    for place in (0, 40, 63):
+        m = torch.ones(64)
+        m[place] = 0
+        assert kernels.magnified_product(x, weight, update, A, m, squares) is None
 
 
 @needs_products
@@ -150,8 +210,18 @@ def test_products_with_codes(words: str, sizes: tuple[int, int, int], turned: bo
     x, bias = numbers(tokens, inner, dtype=torch.bfloat16, seed=1), numbers(outer, dtype=torch.bfloat16, seed=2)
     update = numbers(tokens, 8, dtype=torch.float32, seed=2), numbers(5, outer, dtype=torch.float32, seed=3)
     assert kernels.multiplies_codes(x, out, width)
-    found = product(x, packed, storage, (out, width), turned, bias, update)
-    assert torch.equal(found, kernels.product(x, weight, bias, update))
+    coded = kernels.Coded(codes_of(packed, storage), outer, turned)
+    scales = numbers(inner, dtype=torch.float32, seed=4)
+    for more in ((), (bias,), (bias, update), (bias, update, scales)):
+        assert torch.equal(kernels.product(x, coded, *more), kernels.product(x, weight, *more))
+    if not turned:
+        A, m, squares = (
+            numbers(5, inner, dtype=torch.float32),
+            numbers(outer, dtype=torch.float32),
+            scales.new_ones(outer),
+        )
+        both = [kernels.magnified_product(x, one, update, A, m, squares) for one in (coded, weight)]
+        assert all(torch.equal(one, other) for one, other in zip(*both, strict=True))
 
 
 @needs_products

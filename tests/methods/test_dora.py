@@ -11,13 +11,15 @@ from safetensors.torch import load_file
 
 import deltatune
 from conformance.cases import adapted, shaken
-from deltatune import DoRA, LoRA, UserError
+from deltatune import DoRA, LoRA, UserError, kernels
 from deltatune.dropout import dropout
 from deltatune.files import read_json
-from deltatune.methods import Site
-from deltatune.models.adapted import AdaptedEmbedding
+from deltatune.methods import Site, dora
+from deltatune.models.adapted import AdaptedEmbedding, AdaptedLinear
 from deltatune.models.adapters import CONFIG, TENSORS
 from deltatune.models.attach import adapted_layers
+from deltatune.models.products import replace_products
+from deltatune.models.quantise import quantise
 from peer import peft_adapter
 from tiny import tiny_inputs, tiny_model
 
@@ -173,6 +175,93 @@ def test_norms_that_a_step_finds_are_those_that_it_would_compute(
             found = layer.delta.norm(layer.frozen, layer.weight.dtype)
         fresh = copy.deepcopy(layer)  # which has none
         assert torch.equal(fresh.delta.norm(fresh.frozen, layer.weight.dtype), found)
+
+
+needs_products = pytest.mark.skipif(not kernels.multiplies_pairs(), reason="no processor for products of our own")
+
+
+def quick(method: DoRA, storage: str = "", bias: bool = False) -> AdaptedLinear:
+    """A layer in bf16 with products of our own, and with magnitudes that are not the norms."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 96, bias=bias)).bfloat16().requires_grad_(False)
+    if storage:
+        quantise(model, {"0": storage})
+    deltatune.attach(model, method)
+    replace_products(model)
+    layer = shaken(model[0])
+    assert isinstance(layer, AdaptedLinear)
+    return layer.train()
+
+
+def passes(layer: AdaptedLinear, x: torch.Tensor, dy: torch.Tensor, exactly: bool) -> list[torch.Tensor]:
+    """What comes out, and the gradients of x, A, B and m: of the layer, or as the paper's equation has it in double."""
+    delta = layer.delta
+    wanted = [
+        one.detach().to(torch.float64 if exactly else one.dtype).requires_grad_() for one in (x, *delta.parameters())
+    ]
+    torch.manual_seed(5)
+    if exactly:
+        x, A, B, m = wanted
+        W = layer.frozen.dense().double()
+        norms = (W + delta.scale * B @ A).norm(dim=1).detach()
+        kept = (
+            dropout(torch.ones_like(x, dtype=torch.bfloat16), delta.dropout).double()
+            if delta.dropout and layer.training
+            else 1
+        )
+        y = m / norms * (x @ W.T + delta.scale * (x * kept) @ A.T @ B.T) + (0 if layer.bias is None else layer.bias)
+    else:
+        wanted[1:] = delta.parameters()
+        y = layer(wanted[0])
+    return [y.detach(), *torch.autograd.grad(y, wanted, dy.to(y.dtype))]
+
+
+@needs_products
+@pytest.mark.parametrize("dropped", [0.0, 0.5], ids=["", "dropout"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("storage", ["", "nf4"])
+def test_a_product_that_finds_its_norms_gives_what_the_equation_does(
+    storage: str, bias: bool, dropped: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dora, "low_rank", None)  # nothing else computes it
+    layer = quick(DoRA(rank=4, dropout=dropped), storage, bias)
+    x, dy = (torch.randn(50, size, generator=torch.Generator().manual_seed(size)).bfloat16() for size in (64, 96))
+    for ours, exact in zip(passes(layer, x, dy, False), passes(layer, x, dy, True), strict=True):
+        assert (ours.double() - exact).norm() < 5e-3 * exact.norm()
+    with torch.inference_mode():
+        before = layer.eval()(x)
+    assert before.equal(layer(x)), "what an evaluation leaves behind serves training"
+    with torch.no_grad():
+        layer.delta.B.mul_(2)
+        layer.delta.m.data.mul_(1.5)
+    stale = passes(layer, x, dy, True)[0] - layer(x)
+    assert stale.norm() < 5e-3 * layer(x).norm(), "no norm is older than what it is of"
+
+
+@needs_products
+def test_a_magnitude_of_zero_has_its_gradient() -> None:
+    layer = quick(DoRA(rank=4))
+    with torch.no_grad():
+        layer.delta.m[7] = 0
+    x, dy = (torch.randn(50, size).bfloat16() for size in (64, 96))
+    (*_, ours), (*_, exact) = passes(layer, x, dy, False), passes(layer, x, dy, True)
+    assert exact[7] != 0
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=5e-3 * exact.abs().max().item())
+
+
+@needs_products
+def test_nothing_is_kept_of_an_output_but_itself() -> None:
+    layer, x = quick(DoRA(rank=4)), torch.randn(500, 64).bfloat16().requires_grad_()
+    kept: dict[int, int] = {}
+
+    def keep(one: torch.Tensor) -> torch.Tensor:
+        kept[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+        return one
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda one: one):
+        y = layer(x)
+    thin = 500 * 8 * 4 + 4 * (64 + 2 * 96) * 4 + 3 * 96 * 4
+    assert sum(kept.values()) <= x.nbytes + y.nbytes + thin
 
 
 @pytest.mark.parametrize("magnitude", ["per-output-row", "scalar-frobenius", "normalised-update"])

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import deltatune
-from deltatune import Base, LoRA
+from deltatune import Base, DoRA, LoRA
 from deltatune.data.batches import Batch
 from deltatune.data.sequences import UNSCORED, Sequences
 from deltatune.data.tokens import Tokens
@@ -30,8 +30,8 @@ def base(architecture: str) -> PreTrainedModel:
     return model.eval()  # masks of dropout would differ
 
 
-def ours(architecture: str, precision: Computed) -> tuple[PreTrainedModel, Task]:
-    model = deltatune.attach(base(architecture), LoRA(rank=4, targets="all-linear"), seed=0)
+def ours(architecture: str, precision: Computed, method: type[LoRA | DoRA]) -> tuple[PreTrainedModel, Task]:
+    model = deltatune.attach(base(architecture), method(rank=4, targets="all-linear"), seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, delta in deltas(model):
@@ -50,12 +50,12 @@ def deltas(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def theirs(architecture: str, precision: Computed, like: PreTrainedModel) -> nn.Module:
-    """PEFT's LoRA with the same matrices, over a base in that precision."""
+    """PEFT's LoRA, or its DoRA, with the same parameters, over a base in that precision."""
     plain = base(architecture)
     plain.set_attn_implementation("eager")
     config = peft.LoraConfig(
         r=4, lora_alpha=8, target_modules=[path for path, _ in deltas(like)], init_lora_weights=False,
-        fan_in_fan_out=architecture == "gpt2",
+        fan_in_fan_out=architecture == "gpt2", use_dora=isinstance(like.attachment.method, DoRA),
     )  # fmt: skip
     model = peft.get_peft_model(plain.to(torch.bfloat16 if precision == "bf16" else torch.float32), config)
     with torch.no_grad():
@@ -63,6 +63,8 @@ def theirs(architecture: str, precision: Computed, like: PreTrainedModel) -> nn.
             layer = plain.get_submodule(path)
             for name, matrix in (("lora_A", delta.A), ("lora_B", delta.B)):
                 getattr(layer, name)["default"].weight.data = matrix.detach().float().clone()
+            if config.use_dora:
+                layer.lora_magnitude_vector["default"].weight.data = delta.m.detach().float().clone()
     return model
 
 
@@ -84,21 +86,23 @@ def plain_loss(model: nn.Module, batch: Batch, precision: Computed) -> torch.Ten
 
 
 def gradients(model: nn.Module, like: PreTrainedModel) -> torch.Tensor:
-    """Of all A and B, in one row."""
+    """Of all A and B, and m, in one row."""
     if model is like:
-        found = [matrix.grad for _, delta in deltas(like) for matrix in (delta.A, delta.B)]
+        found = [matrix.grad for _, delta in deltas(like) for matrix in delta.parameters()]
     else:
         layers = [model.get_base_model().get_submodule(path) for path, _ in deltas(like)]
-        found = [matrix["default"].weight.grad for layer in layers for matrix in (layer.lora_A, layer.lora_B)]
+        parts = [getattr(one, part) for one in layers for part in ("lora_A", "lora_B", "lora_magnitude_vector")]
+        found = [part["default"].weight.grad for part in parts if "default" in part]
     return torch.cat([gradient.double().flatten() for gradient in found])
 
 
+@pytest.mark.parametrize("method", [LoRA, DoRA])
 @pytest.mark.parametrize("architecture", [*CLASSIFIERS, *DECODERS])
-def test_gradients_are_pefts_in_fp32_and_as_near_to_them_in_bf16(architecture: str) -> None:
+def test_gradients_are_pefts_in_fp32_and_as_near_to_them_in_bf16(architecture: str, method: type[LoRA | DoRA]) -> None:
     found: dict[tuple[str, Computed], torch.Tensor] = {}
     precisions: tuple[Computed, ...] = ("fp32", "bf16")
     for precision in precisions:
-        model, task = ours(architecture, precision)
+        model, task = ours(architecture, precision, method)
         batch = task.collate(encoded(architecture), range(len(LENGTHS)))
         with pooled(model, lambda task=task, batch=batch: task.run(batch)):
             task.backward(batch, batch.units)

@@ -1,8 +1,7 @@
 """What a training step does on a CPU, in compiled loops: passes over activations, attention, products.
 
 They are there where the machine has a C compiler. Everybody who uses one asks `ready` (or `attends`, or `multiplies`)
-first and has another way. They are operators of PyTorch's, so what watches those (a profiler, a plan) sees them too;
-for weights in few bits `weights.codec` has the operators.
+first and has another way. They are operators of PyTorch's, so what watches those (a profiler, a plan) sees them too.
 """
 
 from deltatune.kernels.attention import Sees, attends, attention, attention_backward
@@ -19,22 +18,29 @@ from deltatune.kernels.passes import (
     rotate,
 )
 from deltatune.kernels.products import (
+    Coded,
+    Factor,
+    Magnified,
     Updated,
     low_rank,
     low_rank_backward,
     low_rank_output,
     magnified_low_rank_backward,
+    magnified_product,
     multiplies,
     multiplies_codes,
     product,
-    product_with_codes,
     scale_columns,
     scale_columns_backward,
+    scaled_low_rank_backward,
     updated_norms,
 )
 
 __all__ = [
+    "Coded",
     "Codes",
+    "Factor",
+    "Magnified",
     "Sees",
     "Updated",
     "attends",
@@ -49,18 +55,19 @@ __all__ = [
     "low_rank_backward",
     "low_rank_output",
     "magnified_low_rank_backward",
+    "magnified_product",
     "missing",
     "multiplies",
     "multiplies_codes",
     "multiplies_pairs",
     "product",
-    "product_with_codes",
     "ready",
     "rms_norm",
     "rms_norm_backward",
     "rotate",
     "scale_columns",
     "scale_columns_backward",
+    "scaled_low_rank_backward",
     "updated_norms",
     "wide",
 ]

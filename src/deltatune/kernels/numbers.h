@@ -197,6 +197,12 @@ INLINE units paired(floats a, floats b)
 {
     return (words)_mm512_cvtepu16_epi32((__m256i)narrow(a)) | (words)_mm512_cvtepu16_epi32((__m256i)narrow(b)) << 16;
 }
+INLINE units beside(const number *a, const number *b) /* `paired`, of 16 numbers each */
+{
+    numbers one, two;
+    memcpy(&one, a, sizeof one), memcpy(&two, b, sizeof two);
+    return (words)_mm512_cvtepu16_epi32((__m256i)one) | (words)_mm512_cvtepu16_epi32((__m256i)two) << 16;
+}
 INLINE void put(unit *row, size at, floats x) /* 16 numbers of a row, which are summed over along the row */
 {
     numbers y = narrow(x);
@@ -243,16 +249,17 @@ INLINE void transpose(const unit *from, size stride, unit *to, size width)
 }
 #endif
 
-/* scale · the sums (rows, width) of all threads, which lie `each` numbers apart, over `below` where it is there, as (width, rows);
-   within their region. */
-static inline void add_up(const float *sums, size each, float *to, const float *below, size rows, size width, float scale)
+/* scale · the sums (rows, width) of all threads, which lie `each` numbers apart, as (width, rows), each column times and over
+   what is there for it; within their region. */
+static inline void add_up(const float *sums, size each, float *to, const float *times, const float *over, size rows, size width,
+                          float scale)
 {
     size threads = omp_get_num_threads();
 #pragma omp for schedule(static) nowait
     for (size i = 0; i < width; i++)
         for (size row = 0; row < rows; row++) {
-            float sum = sums[row * width + i];
+            float sum = sums[row * width + i], by = times ? scale * times[i] : scale;
             for (size thread = 1; thread < threads; thread++) sum += sums[thread * each + row * width + i];
-            to[i * rows + row] = below ? scale * sum / below[i] : scale * sum;
+            to[i * rows + row] = over ? by * sum / over[i] : by * sum;
         }
 }

@@ -2,6 +2,18 @@
 
 #include "codes.h"
 
+/* A·Aᵀ for rows of fp32. */
+static void gram(const float *A, float *G, size rank, size width)
+{
+    for (size k = 0; k < rank; k++)
+        for (size j = 0; j <= k; j++) {
+            floats sum = {0};
+            for (size i = 0; i < width; i += LANES)
+                sum += load_floats(A + k * width + i, width - i) * load_floats(A + j * width + i, width - i);
+            G[k * rank + j] = G[j * rank + k] = total(sum);
+        }
+}
+
 /* Frozen weights ------------------------------------------------------------------------------------------------ */
 
 #if PAIRED
@@ -10,13 +22,15 @@ const int32_t multiplies = 1;
 /* A panel is weights of as many columns of y as a tile takes, as units: those that are multiplied by the same unit of x
    stand next to each other. A tile of y stays in registers until it is done; where a row of x has more numbers than a panel
    takes, its sums are carried from one panel to the next. */
-enum { WIDE = 4, PANEL = WIDE * LANES, TALL = 6, DEEP = 1 << 12, LINE = 64 / sizeof(number) };
+enum { WIDE = 4, PANEL = WIDE * LANES, TALL = 6, DEEP = 1 << 12, HIGH = 16, LINE = 64 / sizeof(number) };
 
-/* The weights are (out, inner), or where they are `turned` (inner, out): numbers, or where there are none codes. */
+/* The weights are (out, inner), or where they are `turned` (inner, out): numbers, or where there are none codes. Where there are
+   `scales`, one for each number of a row of x, they are multiplied by these. */
 struct weights {
     const number *numbers;
     struct codes codes;
     size turned, inner, out;
+    const float *scales;
 };
 
 /* So many weights from place `from` on; those that stand there as codes are decoded into `room`. */
@@ -32,23 +46,29 @@ static void pack(const struct weights *weights, unit *panel, size n, size wide, 
 {
     static _Thread_local _Alignas(64) number room[LANES * DEEP];
     size inner = weights->inner, out = weights->out;
+    const float *scales = weights->scales ? weights->scales + k : NULL;
     if (weights->turned)
         for (size row = 0; row < deep / 2; row++) {
             const number *one = numbers_of(weights, (k + 2 * row) * out + n, wide, room);
             const number *two = numbers_of(weights, (k + 2 * row + 1) * out + n, wide, room + PANEL);
             for (size i = 0; i < wide; i += LANES) {
-                __m512i low = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(one + i)));
-                __m512i high = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(two + i)));
-                _mm512_storeu_si512(panel + row * PANEL + i, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+                units both = beside(one + i, two + i);
+                if (scales) both = paired(load(one + i, LANES) * scales[2 * row], load(two + i, LANES) * scales[2 * row + 1]);
+                memcpy(panel + row * PANEL + i, &both, sizeof both);
             }
         }
     else
         for (size i = 0; i < wide; i += LANES) {
             const number *rows = weights->numbers + (n + i) * inner + k;
             size stride = inner;
-            if (!weights->numbers) {
+            if (!weights->numbers || scales) {
                 rows = room, stride = deep;
-                for (size row = 0; row < LANES; row++) numbers_of(weights, (n + i + row) * inner + k, deep, room + row * deep);
+                for (size row = 0; row < LANES; row++) {
+                    number *to = room + row * deep;
+                    const number *read = numbers_of(weights, (n + i + row) * inner + k, deep, to);
+                    for (size j = 0; scales && j < deep; j += LANES)
+                        store(to + j, load(read + j, LANES) * load_floats(scales + j, LANES), LANES);
+                }
             }
             for (size row = 0; row < deep / 2; row += LANES)
                 transpose((const unit *)rows + row, stride / 2, panel + row * PANEL + i, PANEL);
@@ -65,10 +85,11 @@ INLINE void ask_for(const struct weights *weights, size n, size part, size parts
     }
 }
 
-/* What is added to a product before it is rounded: a bias, and h·F with F (rank, out). Both can be missing. */
+/* What is added to a product before it is rounded: h·F with F (rank, out), then, where there are `scales` of the columns, the
+   sum multiplied by these, a bias. Each can be missing. */
 struct more {
     const number *bias;
-    const float *h, *factor;
+    const float *h, *factor, *scales;
     size rank, padded;
 };
 
@@ -112,6 +133,10 @@ INLINE void product_tile(const struct tile *tile, const unit *panel, size deep, 
     EACH(v, WIDE) if (v < vectors)
     {
         floats bias = more->bias ? load(more->bias + column + v * LANES, LANES) : all(0);
+        if (more->scales) {
+            floats scale = load_floats(more->scales + column + v * LANES, LANES);
+            EACH(r, TALL) sums[r][v] *= scale;
+        }
         EACH(r, TALL) if (r < rows) store(tile->y + r * out + column + v * LANES, sums[r][v] + bias, LANES);
     }
 }
@@ -128,16 +153,55 @@ static void tall_tile(const struct tile *tile, const unit *panel, size wide, siz
     }
 }
 
+/* Magnitudes m of the columns of a product: of what is multiplied with, V = W + Fᵀ·A, each row is divided by its norm first.
+   A is (rank, inner), and the squares of the norms of W's own rows are known. Found are the scales m/n, and m/n ⊙ F. */
+struct magnitude {
+    const float *A, *m, *squares;
+    float *scales, *factor;
+    float *whole; /* 1, or 0 where a scale is zero */
+};
+
+/* The numbers of A from number k on, as those of x stand. */
+static void narrowed(const float *A, number *to, size rank, size inner, size k, size deep)
+{
+    for (size r = 0; r < rank; r++)
+        for (size i = 0; i < deep; i += LANES) store(to + r * deep + i, load_floats(A + r * inner + k + i, LANES), LANES);
+}
+
+/* The scales of `wide` columns from n on. U (rank, PANEL) is A·Wᵀ of these, and G is A·Aᵀ. */
+static void find_scales(const struct magnitude *magnitude, const struct more *more, const float *U, const float *G, size n,
+                        size wide, size out)
+{
+    size rank = more->rank;
+    for (size i = n; i < n + wide; i += LANES) {
+        floats square = load_floats(magnitude->squares + i, LANES);
+        for (size k = 0; k < rank; k++) {
+            floats sum = 2 * load_floats(U + k * PANEL + i - n, LANES);
+            for (size j = 0; j < rank; j++) sum += G[k * rank + j] * load_floats(more->factor + j * out + i, LANES);
+            square += sum * load_floats(more->factor + k * out + i, LANES);
+        }
+        floats norm = choose(square > 0, (floats)_mm512_sqrt_ps((__m512)square), all(1));
+        floats scale = load_floats(magnitude->m + i, LANES) / norm;
+        store_floats(magnitude->scales + i, scale, LANES);
+        for (size k = 0; k < rank; k++)
+            store_floats(magnitude->factor + k * out + i, scale * load_floats(more->factor + k * out + i, LANES), LANES);
+        if (_mm512_cmp_ps_mask((__m512)scale, _mm512_setzero_ps(), _CMP_EQ_OQ)) *magnitude->whole = 0;
+    }
+}
+
 /* Both sizes of the weights fill registers of pairs. Threads share the columns, each with panels of its own, and where there
    are not enough for all of them the rows, too. Where `inner` is more than DEEP each has room for `each` sums to carry: a
    panel of columns for all tokens, in whole tiles. */
-static void multiply(const number *x, const struct weights *weights, const struct more *more, number *y, float *room, size each,
-                     size tokens, size threads)
+static void multiply(const number *x, const struct weights *weights, const struct more *more, const struct magnitude *magnitude,
+                     number *y, float *room, size each, size tokens, size threads)
 {
     size inner = weights->inner, out = weights->out;
+    if (magnitude) *magnitude->whole = 1;
 #pragma omp parallel num_threads(threads)
     {
         static _Thread_local _Alignas(64) unit panel[DEEP / 2 * PANEL];
+        static _Thread_local _Alignas(64) number A[HIGH * DEEP];
+        float U[(HIGH + TALL) * PANEL], G[HIGH * HIGH];
         size team = omp_get_num_threads(), thread = omp_get_thread_num(), across = team; /* can be fewer than asked for */
         while (team % across || (across > 1 && out < across * PANEL)) across--;
         size down = team / across, vectors = out / LANES, tiles = (tokens + TALL - 1) / TALL;
@@ -145,10 +209,19 @@ static void multiply(const number *x, const struct weights *weights, const struc
         size first = tiles * (thread / across) / down, last = tiles * (thread / across + 1) / down;
         float *carried = inner > DEEP ? room + thread * each : NULL;
         int asks = weights->numbers && !carried;
+        if (magnitude) gram(magnitude->A, G, more->rank, inner);
         for (size n = begin; n < end; n += PANEL)
             for (size k = 0; k < inner; k += DEEP) {
                 size wide = end - n < PANEL ? end - n : PANEL, deep = inner - k < DEEP ? inner - k : DEEP;
                 pack(weights, panel, n, wide, k, deep);
+                if (magnitude) {
+                    if (n == begin || carried) narrowed(magnitude->A, A, more->rank, inner, k, deep);
+                    for (size r = 0; r < more->rank; r += TALL) {
+                        struct tile tile = {A + r * deep, NULL, NULL, U + r * PANEL, more->rank - r, n, k == 0, 0};
+                        tall_tile(&tile, panel, wide, deep, deep, out, more);
+                    }
+                    if (k + deep == inner) find_scales(magnitude, more, U, G, n, wide, out);
+                }
                 for (size index = first; index < last; index++) {
                     size t = index * TALL;
                     struct tile tile = {x + t * inner + k, y + t * out, more->h + t * more->padded, NULL, tokens - t, n, k == 0,
@@ -161,22 +234,17 @@ static void multiply(const number *x, const struct weights *weights, const struc
     }
 }
 
-void product(const number *x, const number *weight, size turned, const number *bias, const float *h, const float *factor,
-             size rank, size padded, number *y, float *room, size each, size tokens, size inner, size out, size threads)
+/* Of the weight either numbers are given or codes; of a magnitude all or nothing. */
+void product(const number *x, const number *numbers, const uint8_t *codes, const void *scales, const float *coarse,
+             const float *offset, const float *map, const float *levels, size block, size bits, size turned,
+             const float *of_rows, const number *bias, const float *h, const float *factor, size rank, size padded,
+             const float *A, const float *m, const float *squares, float *of_columns, float *scaled, float *whole, number *y,
+             float *room, size each, size tokens, size inner, size out, size threads)
 {
-    struct weights weights = {.numbers = weight, .turned = turned, .inner = inner, .out = out};
-    struct more more = {bias, h, factor, rank, padded};
-    multiply(x, &weights, &more, y, room, each, tokens, threads);
-}
-
-void coded_product(const number *x, const uint8_t *codes, const void *scales, const float *coarse, const float *offset,
-                   const float *map, const float *levels, size block, size bits, size turned, const number *bias,
-                   const float *h, const float *factor, size rank, size padded, number *y, float *room, size each, size tokens,
-                   size inner, size out, size threads)
-{
-    struct weights weights = {NULL, {codes, scales, coarse, offset, map, levels, block, bits}, turned, inner, out};
-    struct more more = {bias, h, factor, rank, padded};
-    multiply(x, &weights, &more, y, room, each, tokens, threads);
+    struct weights weights = {numbers, {codes, scales, coarse, offset, map, levels, block, bits}, turned, inner, out, of_rows};
+    struct more more = {bias, h, factor, of_columns, rank, padded};
+    struct magnitude magnitude = {A, m, squares, of_columns, scaled, whole};
+    multiply(x, &weights, &more, m ? &magnitude : NULL, y, room, each, tokens, threads);
 }
 #else
 const int32_t multiplies = 0;
@@ -319,18 +387,6 @@ void low_rank_output(const float *h, const float *factor, const number *bias, nu
 
 /* Magnitudes ---------------------------------------------------------------------------------------------------- */
 
-/* A·Aᵀ for rows of fp32. */
-static void gram(const float *A, float *G, size rank, size width)
-{
-    for (size k = 0; k < rank; k++)
-        for (size j = 0; j <= k; j++) {
-            floats sum = {0};
-            for (size i = 0; i < width; i += LANES)
-                sum += load_floats(A + k * width + i, width - i) * load_floats(A + j * width + i, width - i);
-            G[k * rank + j] = G[j * rank + k] = total(sum);
-        }
-}
-
 /* What a weight W (out, width) is with W + scale·B·A: the squares of the norms of its own rows are known. */
 struct updated {
     const number *weight;
@@ -367,35 +423,33 @@ void updated_norms(const struct updated *several, size count, float none)
     }
 }
 
-/* y = m/n · x + b */
-void scale_columns(const number *x, const float *m, const float *n, const float *bias, number *y, size rows, size width)
+/* y = m/n · x + b for some rows. */
+static void scale_some(const number *x, const float *m, const float *n, const float *bias, number *y, size rows, size width)
 {
-#pragma omp parallel for schedule(static)
-    for (size from = 0; from < rows; from += FEW) {
-        size until = rows - from < FEW ? rows : from + FEW;
-        for (size i = 0; i < width; i += LANES) {
-            size some = width - i;
-            floats factor = load_floats(m + i, some) / load_floats(n + i, some), plus = bias ? load_floats(bias + i, some) : all(0);
-            for (size row = from; row < until; row++)
-                store(y + row * width + i, load(x + row * width + i, some) * factor + plus, some);
-        }
+    for (size i = 0; i < width; i += LANES) {
+        size some = width - i;
+        floats factor = load_floats(m + i, some) / load_floats(n + i, some), plus = bias ? load_floats(bias + i, some) : all(0);
+        for (size row = 0; row < rows; row++)
+            store(y + row * width + i, load(x + row * width + i, some) * factor + plus, some);
     }
 }
 
-/* dx = m/n · dy for some rows; Σ dy · x is added to the sums. */
-static void scale_back(const number *x, const float *m, const float *n, const number *dy, number *dx, float *sums, size rows,
-                       size width)
+void scale_columns(const number *x, const float *m, const float *n, const float *bias, number *y, size rows, size width)
+{
+#pragma omp parallel for schedule(static)
+    for (size from = 0; from < rows; from += FEW)
+        scale_some(x + from * width, m, n, bias, y + from * width, rows - from < FEW ? rows - from : FEW, width);
+}
+
+/* The sums += Σ a ⊙ b over some rows. */
+static void sum_products(const number *a, const number *b, float *sums, size rows, size width)
 {
     for (size from = 0; from < rows; from += FEW) {
         size until = rows - from < FEW ? rows : from + FEW;
         for (size i = 0; i < width; i += LANES) {
             size some = width - i;
-            floats factor = load_floats(m + i, some) / load_floats(n + i, some), sum = load_floats(sums + i, some);
-            for (size row = from; row < until; row++) {
-                floats now = load(dy + row * width + i, some);
-                sum += now * load(x + row * width + i, some);
-                store(dx + row * width + i, now * factor, some);
-            }
+            floats sum = load_floats(sums + i, some);
+            for (size row = from; row < until; row++) sum += load(a + row * width + i, some) * load(b + row * width + i, some);
             store_floats(sums + i, sum, some);
         }
     }
@@ -411,19 +465,23 @@ void scale_columns_backward(const number *x, const float *m, const float *n, con
         memset(own, 0, width * sizeof *own);
 #pragma omp for schedule(static)
         for (size from = 0; from < rows; from += FEW)
-            scale_back(x + from * width, m, n, dy + from * width, dx + from * width, own, rows - from < FEW ? rows - from : FEW,
-                       width);
-        add_up(sums, width, dm, n, 1, width, 1);
+        {
+            size some = rows - from < FEW ? rows - from : FEW;
+            sum_products(x + from * width, dy + from * width, own, some, width);
+            scale_some(dy + from * width, m, n, NULL, dx + from * width, some, width);
+        }
+        add_up(sums, width, dm, NULL, n, 1, width, 1);
     }
 }
 
 /* Low-rank updates, backward ------------------------------------------------------------------------------------ */
 
 /* Every thread has sums of its own, (rank, width), (rank, out) and, where there is a magnitude, (out), which are added up in
-   the end; dB is (out, rank). A magnitude is of Z, and what goes on from there is dZ. */
+   the end; dB is (out, rank). Where there is an n, a magnitude is of Z, and what goes on from there is dZ; otherwise Z is what
+   the magnitude gave, with `scales` for its columns, by which `scaled` is multiplied already. */
 void low_rank_backward(const number *x, const float *h, const number *dy, const float *scaled, float scale, const number *Z,
-                       const float *m, const float *n, float *dh, float *sums, float *dA, float *dB, number *dZ, float *dm,
-                       size tokens, size width, size out, size rank, size threads)
+                       const float *m, const float *n, const float *scales, float *dh, float *sums, float *dA, float *dB,
+                       number *dZ, float *dm, size tokens, size width, size out, size rank, size threads)
 {
     size factors = rank * (width + out), each = factors + (m ? out : 0);
 #pragma omp parallel num_threads(threads)
@@ -433,15 +491,16 @@ void low_rank_backward(const number *x, const float *h, const number *dy, const 
 #pragma omp for schedule(static)
         for (size from = 0; from < tokens; from += SOME) {
             size some = tokens - from < SOME ? tokens - from : SOME, place = from * out;
-            const number *slopes = m ? dZ + place : dy + place;
+            const number *slopes = n ? dZ + place : dy + place;
             float *slope = dh + from * padded(rank);
-            if (m) scale_back(Z + place, m, n, dy + place, dZ + place, own + factors, some, out);
+            if (m) sum_products(Z + place, dy + place, own + factors, some, out);
+            if (n) scale_some(dy + place, m, n, NULL, dZ + place, some, out);
             inner(slopes, scaled, slope, some, out, rank);
             gradients(x + from * width, slope, own, some, width, rank);
             gradients(slopes, h + from * padded(rank), own + rank * width, some, out, rank);
         }
-        add_up(sums, each, dA, NULL, 1, rank * width, 1);
-        add_up(sums + rank * width, each, dB, NULL, rank, out, scale);
-        if (m) add_up(sums + factors, each, dm, n, 1, out, 1);
+        add_up(sums, each, dA, NULL, NULL, 1, rank * width, 1);
+        add_up(sums + rank * width, each, dB, scales, NULL, rank, out, scale);
+        if (m) add_up(sums + factors, each, dm, NULL, n ? n : m, 1, out, 1);
     }
 }

@@ -28,45 +28,69 @@ def multiplies(x: Float[Tensor, "tokens in"], weight: Float[Tensor, "out in"]) -
 
 
 def multiplies_codes(x: Float[Tensor, "tokens inner"], out: int, width: int) -> bool:
-    """Whether `product_with_codes` takes these; it is faster than to decode the weight (out, width) first."""
+    """Whether `product` takes codes of a weight (out, width); it is faster than to decode that first."""
     return x.dtype == torch.bfloat16 and ready(x) and multiplies_pairs() and _whole(out, width)
 
 
+class Coded(NamedTuple):
+    """A weight (outer, inner) that codes stand for, or where it is `turned` its transpose."""
+
+    codes: Codes
+    outer: int
+    turned: bool = False
+
+
+Factor = Tensor | Coded
+"""What `product` multiplies with: (outer, inner), in one layout or the other."""
+
+
 def product(
-    x: Float[Tensor, "tokens in"],
-    weight: Float[Tensor, "out in"],
-    bias: Float[Tensor, " out"] | None = None,
-    update: tuple[Float[Tensor, "tokens padded"], Float[Tensor, "rank out"]] | None = None,
-) -> Float[Tensor, "tokens out"]:
+    x: Float[Tensor, "tokens inner"],
+    weight: Factor,
+    bias: Float[Tensor, " outer"] | None = None,
+    update: tuple[Float[Tensor, "tokens padded"], Float[Tensor, "rank outer"]] | None = None,
+    scales: Float[Tensor, " inner"] | None = None,
+) -> Float[Tensor, "tokens outer"]:
     """x·Wᵀ + h·F + bias in bf16, where h and F, the `update`, are fp32; summed in fp32 and rounded once.
 
     A row of the result has the same bits whatever stands in the others, and on as many threads as there are. h has the
-    columns that `low_rank` gives it.
+    columns that `low_rank` gives it. With `scales`, in fp32, it is (x ⊙ scales)·Wᵀ. What codes stand for is never in
+    memory as a whole, and gives the bits that it would give there.
     """
     h, factor = (None, None) if update is None else (update[0], update[1].contiguous())
-    y: Tensor = _PRODUCT(x.contiguous(), weight, bias, h, factor)
+    y: Tensor = _PRODUCT(x.contiguous(), *_stored(weight), scales, bias, h, factor)
     return y
 
 
-def product_with_codes(
-    x: Float[Tensor, "tokens inner"],
-    codes: Codes,
-    outer: int,
-    turned: bool,
-    bias: Float[Tensor, " outer"] | None = None,
-    update: tuple[Float[Tensor, "tokens padded"], Float[Tensor, "rank outer"]] | None = None,
-) -> Float[Tensor, "tokens outer"]:
-    """`product` with the weight that codes stand for, or `turned` with its transpose; the same bits.
+class Magnified(NamedTuple):
+    """What `magnified_product` gives, and what goes back through it."""
 
-    What they stand for is never in memory as a whole. It is no operator: `weights.codec` has one, with its tables.
+    y: Float[Tensor, "tokens out"]
+    scales: Float[Tensor, " out"]
+    """m/n."""
+    factor: Float[Tensor, "rank out"]
+    """m/n ⊙ F."""
+
+
+def magnified_product(
+    x: Float[Tensor, "tokens in"],
+    weight: Factor,
+    update: tuple[Float[Tensor, "tokens padded"], Float[Tensor, "rank out"]],
+    A: Float[Tensor, "rank in"],
+    m: Float[Tensor, " out"],
+    squares: Float[Tensor, " out"],
+) -> Magnified | None:
+    """m/n ⊙ (x·Wᵀ + h·F), where n is the norm of each row of W + Fᵀ·A; 1 stands for one that is zero.
+
+    As `product`; all but x and W is fp32. A panel of W is in a cache when its norms are computed, with A in bf16;
+    `squares` are those of W's own rows. None where something in m/n is zero: what it multiplied could not be told from
+    y, and m has a gradient from that.
     """
-    h, factor = (None, None) if update is None else (update[0], update[1].contiguous())
-    x = x.contiguous()
-    y = x.new_empty(len(x), outer)
-    if not x.is_meta:
-        coded = *codes.tensors, codes.block, codes.bits
-        _coded_product_loop(x, x, *coded, int(turned), *_beside(x, y, bias, h, factor))
-    return y
+    h, factor = update
+    y, scales, scaled, whole = _MAGNIFIED_PRODUCT(
+        x.contiguous(), *_stored(weight), h, factor.contiguous(), A.contiguous(), m.contiguous(), squares
+    )
+    return Magnified(y, scales, scaled) if x.is_meta or whole.item() else None
 
 
 def low_rank(
@@ -126,6 +150,21 @@ def magnified_low_rank_backward(
     return found
 
 
+def scaled_low_rank_backward(
+    x: Float[Tensor, "tokens in"],
+    h: Float[Tensor, "tokens padded"],
+    found: Magnified,
+    m: Float[Tensor, " out"],
+    dy: Float[Tensor, "tokens out"],
+    scale: float,
+) -> tuple[Float[Tensor, "tokens padded"], Float[Tensor, "rank in"], Float[Tensor, "out rank"], Float[Tensor, " out"]]:
+    """`low_rank_backward` from m/n ⊙ dy, and dm = Σ dy ⊙ y / m: dh, dA, dB and dm."""
+    back: tuple[Tensor, Tensor, Tensor, Tensor] = _SCALED_LOW_RANK_BACKWARD(
+        x.contiguous(), h, *found, m.contiguous(), dy.contiguous(), scale
+    )
+    return back
+
+
 class Updated(NamedTuple):
     """W + scale·B·A, and the squares of the norms of the rows of W, (out,). All but W is fp32."""
 
@@ -177,22 +216,77 @@ def _whole(out: int, width: int) -> bool:
     return out % _PAIRS == width % _PAIRS == 0
 
 
-def _product(x: Tensor, weight: Tensor, *more: Tensor | None) -> Tensor:
-    y = x.new_empty(len(x), len(weight))
-    if not x.is_meta:
-        _product_loop(x, x, weight, int(weight.stride(0) == 1), *_beside(x, y, *more))
+_Stored = tuple[Tensor, list[Tensor | None], int, int, bool]
+"""A factor for the operators: what is stored, in two dimensions, then how codes are read."""
+
+
+def _stored(weight: Factor) -> _Stored:
+    if isinstance(weight, Tensor):
+        return weight, [], 0, 0, False
+    (codes, *others, block, bits), outer, turned = weight
+    rows = codes.numel() * 8 // bits // outer if turned else outer
+    return codes.view(rows, -1), others, block, bits, turned
+
+
+def _product(
+    x: Tensor,
+    weight: Tensor,
+    coding: list[Tensor | None],
+    block: int,
+    bits: int,
+    turned: bool,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    h: Tensor | None,
+    factor: Tensor | None,
+) -> Tensor:
+    y = _multiplied(x, (weight, coding, block, bits, turned), scales, bias, h, factor, (None,) * 6)
     return y
 
 
-def _beside(
-    x: Tensor, y: Tensor, bias: Tensor | None, h: Tensor | None, factor: Tensor | None
-) -> tuple[Tensor | int | None, ...]:
-    """What a product's loop is given besides its two factors."""
+def _magnified_product(
+    x: Tensor,
+    weight: Tensor,
+    coding: list[Tensor | None],
+    block: int,
+    bits: int,
+    turned: bool,
+    h: Tensor,
+    factor: Tensor,
+    A: Tensor,
+    m: Tensor,
+    squares: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scales, scaled, whole = torch.empty_like(m), torch.empty_like(factor), m.new_empty(1)
+    magnitude = A, m, squares, scales, scaled, whole
+    y = _multiplied(x, (weight, coding, block, bits, turned), None, None, h, factor, magnitude)
+    return y, scales, scaled, whole
+
+
+def _multiplied(
+    x: Tensor,
+    stored: _Stored,
+    scales: Tensor | None,
+    bias: Tensor | None,
+    h: Tensor | None,
+    factor: Tensor | None,
+    magnitude: tuple[Tensor | None, ...],
+) -> Tensor:
+    weight, coding, block, bits, turned = stored
     (tokens, width), threads = x.shape, torch.get_num_threads()
-    rank, padded = (0, 0) if h is None or factor is None else (len(factor), h.shape[1])
-    each = -(-tokens // _TALL) * _TALL * _PANEL if width > _DEEP else 0
-    room = x.new_empty(threads, each, dtype=torch.float32) if each else None
-    return bias, h, factor, rank, padded, y, room, each, tokens, width, y.shape[1], threads
+    y = x.new_empty(tokens, weight.shape[1] * 8 // bits if turned else len(weight))
+    if not x.is_meta:
+        rank, padded = (0, 0) if h is None or factor is None else (len(factor), h.shape[1])
+        each = -(-tokens // _TALL) * _TALL * _PANEL if width > _DEEP else 0
+        room = x.new_empty(threads, each, dtype=torch.float32) if each else None
+        read = (None, weight, *coding) if coding else (weight, *(None,) * 6)
+        turned = turned if coding else weight.stride(0) == 1
+        beside = bias, h, factor, rank, padded, *magnitude
+        _product_loop(
+            x, x, *read, block, bits, int(turned), scales, *beside,
+            y, room, each, tokens, width, y.shape[1], threads,
+        )  # fmt: skip
+    return y
 
 
 def _low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -212,14 +306,21 @@ def _low_rank_output(h: Tensor, factor: Tensor, bias: Tensor | None, dtype: torc
 
 
 def _low_rank_backward(x: Tensor, h: Tensor, dy: Tensor, factor: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    return _back(x, h, dy, factor, scale, (None, None, None), (None, None))
+    return _back(x, h, dy, factor, scale, (None,) * 4, (None, None))
 
 
 def _magnified_low_rank_backward(
     x: Tensor, h: Tensor, Z: Tensor, m: Tensor, n: Tensor, dy: Tensor, factor: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dZ, dm = torch.empty_like(dy), torch.empty_like(m)
-    return *_back(x, h, dy, factor, scale, (Z, m, n), (dZ, dm)), dZ, dm
+    return *_back(x, h, dy, factor, scale, (Z, m, n, None), (dZ, dm)), dZ, dm
+
+
+def _scaled_low_rank_backward(
+    x: Tensor, h: Tensor, y: Tensor, scales: Tensor, factor: Tensor, m: Tensor, dy: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dm = torch.empty_like(m)
+    return *_back(x, h, dy, factor, scale, (y, m, None, scales), (None, dm)), dm
 
 
 def _back(
@@ -228,7 +329,7 @@ def _back(
     dy: Tensor,
     factor: Tensor,
     scale: float,
-    magnitude: tuple[Tensor | None, Tensor | None, Tensor | None],
+    magnitude: tuple[Tensor | None, ...],
     slopes: tuple[Tensor | None, Tensor | None],
 ) -> tuple[Tensor, Tensor, Tensor]:
     (tokens, width), (rank, out), threads = x.shape, factor.shape, torch.get_num_threads()
@@ -277,16 +378,21 @@ def _scale_columns_backward(x: Tensor, m: Tensor, n: Tensor, dy: Tensor) -> tupl
     return dx, dm
 
 
-_product_loop = Loop("product", "ttntttnnttnnnnn")
-_coded_product_loop = Loop("coded_product", "tttttttnnntttnnttnnnnn")
+_product_loop = Loop("product", "ttttttttnnnttttnnttttttttnnnnn")
 _low_rank_loop = Loop("low_rank", "tttfttnnnn")
 _low_rank_output_loop = Loop("low_rank_output", "ttttnnn")
-_low_rank_backward_loop = Loop("low_rank_backward", "ttttftttttttttnnnnn")
+_low_rank_backward_loop = Loop("low_rank_backward", "ttttfttttttttttnnnnn")
 _updated_norms_loop = Loop("updated_norms", "tnf")
 _scale_columns_loop = Loop("scale_columns", "tttttnn")
 _scale_columns_backward_loop = Loop("scale_columns_backward", "tttttttnnn")
 
-_PRODUCT = operator("product(Tensor x, Tensor weight, Tensor? bias, Tensor? h, Tensor? factor) -> Tensor", _product)
+_WEIGHT = "Tensor x, Tensor weight, Tensor?[] coding, int block, int bits, bool turned"
+_PRODUCT = operator(f"product({_WEIGHT}, Tensor? scales, Tensor? bias, Tensor? h, Tensor? factor) -> Tensor", _product)
+_MAGNIFIED_PRODUCT = operator(
+    f"magnified_product({_WEIGHT}, Tensor h, Tensor factor, Tensor A, Tensor m, Tensor squares)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _magnified_product,
+)
 _LOW_RANK = operator("low_rank(Tensor x, Tensor A, Tensor B, float scale) -> (Tensor, Tensor)", _low_rank)
 _LOW_RANK_OUTPUT = operator(
     "low_rank_output(Tensor h, Tensor factor, Tensor? bias, ScalarType dtype) -> Tensor", _low_rank_output
@@ -299,6 +405,11 @@ _MAGNIFIED_LOW_RANK_BACKWARD = operator(
     "magnified_low_rank_backward(Tensor x, Tensor h, Tensor Z, Tensor m, Tensor n, Tensor dy, Tensor factor,"
     " float scale) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _magnified_low_rank_backward,
+)
+_SCALED_LOW_RANK_BACKWARD = operator(
+    "scaled_low_rank_backward(Tensor x, Tensor h, Tensor y, Tensor scales, Tensor factor, Tensor m, Tensor dy,"
+    " float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    _scaled_low_rank_backward,
 )
 _UPDATED_NORMS = operator(
     "updated_norms(Tensor[] weights, Tensor[] As, Tensor[] Bs, float[] scales, Tensor[] squares, float none)"

@@ -28,6 +28,7 @@ from deltatune import kernels
 from deltatune.dropout import dropout
 from deltatune.errors import UserError
 from deltatune.methods.contract import CONFIG, Site, Targets, WeightDelta
+from deltatune.methods.decomposed import decomposed
 from deltatune.methods.lora import LoRA
 from deltatune.methods.low_rank import low_rank
 from deltatune.methods.values import at_least_one, positive, rank_fits, share
@@ -282,7 +283,8 @@ class _Decomposed(nn.Module):
     def _weight_squares(self, weight: FrozenWeight) -> Float[Tensor, " out"]:
         version = weight.version
         if self._squares is None or self._squares[0] != version:
-            self._squares = version, weight.row_norms().square()
+            with torch.inference_mode(False), torch.no_grad():
+                self._squares = version, weight.row_norms().square()
         return self._squares[1]
 
 
@@ -302,6 +304,11 @@ class DoRADelta(_Decomposed):
     ) -> Float[Tensor, "tokens out"]:
         """m/n ⊙ (x·Wᵀ + s·drop(x)·Aᵀ·Bᵀ) + b; the bias is never scaled."""
         z = dropout(x, self.dropout) if self.training and self.dropout > 0 else None
+        if self.magnitude == "per-output-row":
+            squares = self._weight_squares(weight)
+            y = decomposed(x, z, weight, bias, self.A, self.B, self.scale, self.m, squares)
+            if y is not None:
+                return y
         n = self.norm(weight, x.dtype)
         if self.magnitude == "normalised-update":
             return low_rank(x, z, weight, bias, self.A, (self.m / n)[:, None] * self.B, self.scale)

@@ -45,9 +45,12 @@ class Traced:
 
 
 OWN_PRODUCT = "deltatune::product"
-"""That of `kernels`, with frozen weights; what is added to it counts by its bytes alone."""
-_CODED_PRODUCT = "deltatune::coded_product"
-"""The same with a weight in few bits, which is decoded on the way: a few hundredths of its time at most."""
+"""That of `kernels`, with frozen weights; what is added to it counts by its bytes alone.
+
+So does bringing a weight out of few bits: a few hundredths of its time at most.
+"""
+_OWN_PRODUCTS = (OWN_PRODUCT, "deltatune::magnified_product")
+"""The second finds norms on the way, as if there were a few tokens more."""
 PRODUCTS: Mapping[str, Callable[..., tuple[int, ...]]] = {
     "mm": lambda a, b, *_: (1, a.shape[0], a.shape[1], b.shape[1]),
     "addmm": lambda c, a, b, *_: (1, a.shape[0], a.shape[1], b.shape[1]),
@@ -55,9 +58,9 @@ PRODUCTS: Mapping[str, Callable[..., tuple[int, ...]]] = {
     "bmm": lambda a, b, *_: (a.shape[0], a.shape[1], a.shape[2], b.shape[2]),
     "baddbmm": lambda c, a, b, *_: (a.shape[0], a.shape[1], a.shape[2], b.shape[2]),
     "mv": lambda a, b, *_: (1, a.shape[0], a.shape[1], 1),
-    OWN_PRODUCT: lambda a, b, *_: (1, a.shape[0], a.shape[1], b.shape[0]),
+    OWN_PRODUCT: lambda a, y, *_: (1, *a.shape, y.shape[1]),
 }
-"""The operations that multiply matrices, with their sizes."""
+"""The operations that multiply matrices, with their sizes: of two factors, of our own of the first and the result."""
 _ATTENTION = {"deltatune::attention": 2, "deltatune::attention_backward": 5}
 """How many products of each head's queries and keys an operation makes: they count as one, so many times as deep."""
 
@@ -85,11 +88,10 @@ def work_of(operation: Any, inputs: Sequence[Any], out: Any) -> Work | None:
     if not outputs and not name.endswith("_"):
         return None
     size = sum(one.nbytes for one in (*read, *outputs))
+    if name in _OWN_PRODUCTS:
+        return Work(OWN_PRODUCT, outputs[0].dtype, PRODUCTS[OWN_PRODUCT](read[0], outputs[0]), size)
     if name in PRODUCTS:
         return Work(name, outputs[0].dtype, PRODUCTS[name](*read), size)
-    if name == _CODED_PRODUCT:
-        x, y = read[0], outputs[0]
-        return Work(OWN_PRODUCT, y.dtype, (1, *x.shape, y.shape[1]), size)
     if name in _ATTENTION:
         query, key = read[:2]
         (texts, heads, queries, width), tokens = query.shape, key.shape[2]

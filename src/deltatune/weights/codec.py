@@ -134,42 +134,6 @@ def _decode(
         part.copy_(values)
 
 
-def product(
-    x: Float[Tensor, "tokens inner"],
-    packed: Packed,
-    storage: Storage,
-    shape: tuple[int, int],
-    turned: bool,
-    bias: Float[Tensor, " outer"] | None,
-    update: tuple[Float[Tensor, "tokens padded"], Float[Tensor, "rank outer"]] | None,
-) -> Float[Tensor, "tokens outer"]:
-    """`kernels.product_with_codes` for a weight of that shape, where `kernels.multiplies_codes`."""
-    codes, *scales = packed
-    h, factor = (None, None) if update is None else update
-    rows = codes.view(shape[0], -1)
-    y: Tensor = torch.ops.deltatune.coded_product(x, rows, *scales, str(storage), turned, bias, h, factor)
-    return y
-
-
-def _product(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    coarse: Tensor | None,
-    offset: Tensor | None,
-    words: str,
-    turned: bool,
-    bias: Tensor | None,
-    h: Tensor | None,
-    factor: Tensor | None,
-) -> Tensor:
-    storage = _storage(words)
-    outer = codes.shape[1] * 8 // BITS[storage.format] if turned else len(codes)
-    update = None if h is None or factor is None else (h, factor)
-    known = codes_of(Packed(codes, scales, coarse, offset), storage)
-    return kernels.product_with_codes(x, known, outer, turned, bias, update)
-
-
 _storage = lru_cache(parse_storage)
 
 # Operations of PyTorch's like any other, so that what sees those (a profiler, a plan) sees these as one each.
@@ -179,11 +143,6 @@ _operations.define(  # type: ignore[no-untyped-call]
     " -> ()"
 )
 _operations.impl("decode_", _decode, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-_operations.define(  # type: ignore[no-untyped-call]
-    "coded_product(Tensor x, Tensor codes, Tensor scales, Tensor? coarse, Tensor? offset, str storage, bool turned,"
-    " Tensor? bias, Tensor? h, Tensor? factor) -> Tensor"
-)
-_operations.impl("coded_product", _product, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 def aligned(storage: Storage) -> int:

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from deltatune import kernels
 from deltatune.weights.frozen import FrozenWeight
 
 
@@ -50,6 +51,11 @@ class DenseWeight(FrozenWeight):
     def read(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:
         """W in that type."""
         return self.dense().to(dtype)
+
+    def _as_factor(self, x: Float[Tensor, "tokens inner"], turned: bool) -> kernels.Factor | None:
+        weight = self.dense()
+        weight = weight.T if turned else weight
+        return weight if kernels.multiplies(x, weight) else None
 
     def stored_in(self, dtype: torch.dtype) -> bool:
         """Whether it has that type."""

@@ -59,10 +59,16 @@ class FrozenWeight(ABC):
         return self._product(x, False, None if bias is None else bias.to(x.dtype), update)
 
     def matmul_transposed(
-        self, g: Float[Tensor, "tokens out"], update: Update | None = None
+        self,
+        g: Float[Tensor, "tokens out"],
+        update: Update | None = None,
+        scales: Float[Tensor, " out"] | None = None,
     ) -> Float[Tensor, "tokens in"]:
-        """g·W + h·F: the product that carries a gradient back to the input. F is (rank, in) here."""
-        return self._product(g, True, None, update)
+        """g·W + h·F: the product that carries a gradient back to the input. F is (rank, in) here.
+
+        With `scales` (out,) in fp32 it is (g ⊙ scales)·W.
+        """
+        return self._product(g, True, None, update, scales)
 
     def _product(
         self,
@@ -70,15 +76,25 @@ class FrozenWeight(ABC):
         turned: bool,
         bias: Float[Tensor, " outer"] | None,
         update: Update | None,
+        scales: Float[Tensor, " inner"] | None = None,
     ) -> Float[Tensor, "tokens outer"]:
         """The product with W, or (`turned`) with its transpose."""
+        if (factor := self.factor(x, turned)) is not None:
+            return kernels.product(x, factor, bias, update, scales)
         weight = self.read(x.dtype)
         weight = weight.T if turned else weight
-        if self._quick and kernels.multiplies(x, weight):
-            return kernels.product(x, weight, bias, update)
+        if scales is not None:
+            x = (x * scales).to(x.dtype)
         if update is None:
             return x @ weight.T if bias is None else F.linear(x, weight, bias)
         return kernels.low_rank_output(*update, bias, x.dtype).addmm_(x, weight.T)
+
+    def factor(self, x: Float[Tensor, "tokens inner"], turned: bool = False) -> kernels.Factor | None:
+        """W, or (`turned`) its transpose, as the products of `kernels` with x take it; None where they do not."""
+        return self._as_factor(x, turned) if self._quick else None
+
+    @abstractmethod
+    def _as_factor(self, x: Float[Tensor, "tokens inner"], turned: bool) -> kernels.Factor | None: ...
 
     @abstractmethod
     def read(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:

@@ -17,8 +17,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.pytorch_utils import Conv1D
 
 from deltatune import kernels
-from deltatune.weights.codec import Packed, aligned, decode, encode, product
-from deltatune.weights.frozen import FrozenWeight, Update, linear
+from deltatune.weights.codec import Packed, aligned, codes_of, decode, encode
+from deltatune.weights.frozen import FrozenWeight, linear
 from deltatune.weights.storage import DENSE, Storage
 
 _ROWS = 1 << 20
@@ -168,17 +168,14 @@ class QuantisedWeight(FrozenWeight):
         flat = _scratch(self.out * self.in_, dtype, self._module.codes.device)
         return decode(self._module.packed, self._module.storage, flat).view(self.out, self.in_)
 
-    def _product(
-        self,
-        x: Float[Tensor, "tokens inner"],
-        turned: bool,
-        bias: Float[Tensor, " outer"] | None,
-        update: Update | None,
-    ) -> Float[Tensor, "tokens outer"]:
-        module, shape = self._module, (self.out, self.in_)
-        if self._quick and module.storage.format not in DENSE and kernels.multiplies_codes(x, *shape):
-            return product(x, module.packed, module.storage, shape, turned, bias, update)
-        return super()._product(x, turned, bias, update)
+    def _as_factor(self, x: Float[Tensor, "tokens inner"], turned: bool) -> kernels.Factor | None:
+        if (stored := self._stored) is not None:
+            weight = stored.T if turned else stored
+            return weight if kernels.multiplies(x, weight) else None
+        if not kernels.multiplies_codes(x, self.out, self.in_):
+            return None
+        codes = codes_of(self._module.packed, self._module.storage)
+        return kernels.Coded(codes, self.in_ if turned else self.out, turned)
 
     @torch.no_grad()
     def dense(self) -> Float[Tensor, "out in"]:
