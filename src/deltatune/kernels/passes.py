@@ -60,7 +60,7 @@ class Codes(NamedTuple):
     scales: Tensor
     coarse: Tensor | None
     offset: Tensor | None
-    map: Float[Tensor, "256"]
+    map: Float[Tensor, "256"] | None
     """The levels of 8-bit scales."""
     levels: Float[Tensor, " levels"] | None
     """Those of codes of fewer bits."""
@@ -70,7 +70,7 @@ class Codes(NamedTuple):
     """Of a code."""
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """All of them, in this order."""
         return self[:6]
 

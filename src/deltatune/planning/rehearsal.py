@@ -202,7 +202,7 @@ class _Rehearsal:
             _repeat(trace, model, blocks, more, hooks)
             if isinstance(task, LanguageModelling):
                 hidden, targets, _ = task._scored(_batch(self.large, model))
-                for rows, _ in task._chunks(hidden, targets):
+                for rows, _ in task._chunks(hidden, targets, scoring=True):
                     task._logits(rows).float()
             else:
                 task.run(_batch(self.large, model)).float()

@@ -31,8 +31,10 @@ from deltatune.training.task import Scores
 
 log = logging.getLogger("deltatune")
 
-_CHUNK = 2**26
-"""Bytes of the float32 logits that exist at once."""
+_TRAINED = 2**27
+"""Bytes of logits that exist at once in training: their gradient takes their place."""
+_SCORED = 2**26
+"""Bytes of the float32 copies of logits that exist at once in scoring."""
 
 
 class LanguageModelling:
@@ -94,7 +96,7 @@ class LanguageModelling:
                 hidden, targets, rows = self._scored(self.collate(examples, places))
                 each = [
                     F.cross_entropy(self._logits(self._filled(part))[: len(part)].float(), wanted, reduction="none")
-                    for part, wanted in self._chunks(hidden, targets)
+                    for part, wanted in self._chunks(hidden, targets, scoring=True)
                 ]
                 owners = torch.tensor(places)[rows.cpu()]
                 losses.index_add_(0, owners, torch.cat(each).double().cpu())
@@ -156,10 +158,11 @@ class LanguageModelling:
         return F.pad(hidden, (0, 0, 0, -len(hidden) % ROWS)) if self._chunked else hidden
 
     def _chunks(
-        self, hidden: Float[Tensor, "scored width"], targets: Int[Tensor, " scored"]
+        self, hidden: Float[Tensor, "scored width"], targets: Int[Tensor, " scored"], scoring: bool = False
     ) -> Iterator[tuple[Float[Tensor, "rows width"], Int[Tensor, " rows"]]]:
         """Parts of about the same size: each reads the output layer's weight once more."""
-        most = max(ROWS, _CHUNK // (4 * self.model.config.get_text_config().vocab_size) // ROWS * ROWS)
+        logits = _SCORED // 4 if scoring else _TRAINED // hidden.element_size()
+        most = max(ROWS, logits // self.model.config.get_text_config().vocab_size // ROWS * ROWS)
         parts = max(1, -(-len(targets) // most))
         size = max(1, -(-len(targets) // (parts * ROWS)) * ROWS)
         return zip(torch.split(hidden, size), torch.split(targets, size), strict=True)

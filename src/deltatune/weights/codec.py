@@ -84,11 +84,13 @@ def decode_scales(packed: Packed) -> Float[Tensor, " blocks"]:
 
 
 def codes_of(packed: Packed, storage: Storage) -> kernels.Codes:
-    """A weight in fewer bits, as the compiled loops take it."""
-    map = dynamic_map.levels(True, packed.codes.device)
-    level = None if storage.format == "int8" else levels(storage.format)
+    """A weight in fewer bits, as the compiled loops take it; without numbers, without tables either."""
     codes, scales, coarse, offset = packed
     assert scales is not None
+    map = level = None
+    if not codes.is_meta:
+        map = dynamic_map.levels(True, codes.device)
+        level = None if storage.format == "int8" else levels(storage.format)
     return kernels.Codes(codes, scales, coarse, offset, map, level, storage.block, BITS[storage.format])
 
 
