@@ -67,9 +67,12 @@ def products(monkeypatch, *arguments, **options) -> list[tuple[int, int, int]]:
 
 
 @pytest.mark.parametrize("storage", ["", "nf4"])
-def test_the_limit_is_of_the_frozen_products_forward_and_back_and_of_no_others(monkeypatch, storage: str) -> None:
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_the_limit_is_of_the_frozen_products_forward_and_back_and_of_no_others(
+    monkeypatch, method: str, storage: str
+) -> None:
     # Blocks of 32 features with 64 inside, a pooler and a head of 3 labels; 4 texts of 16 tokens: as many as inside.
-    seen = set(products(monkeypatch, "bert", storage=storage, rank=2))
+    seen = set(products(monkeypatch, "bert", method, storage=storage, rank=2))
     assert {(64, 32, 32), (64, 32, 64), (64, 64, 32)} <= seen  # attention; both of the feed-forward part, both ways
     assert (4, 32, 32) in seen  # the pooler
     assert not [product for product in seen if 2 in product]
