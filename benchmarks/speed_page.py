@@ -147,7 +147,8 @@ def work_section(result: Result) -> str:
                 f"{middle:.2f} ({low:.2f} to {high:.2f})",
                 f"{one['peak_bytes'] / 1e6:,.0f}",
                 "" if first is None else f"{first:.1f}",
-                ", ".join(f"{key} {figure:.3f}" for key, figure in one["quality"].items()),
+                _learnt(one["quality"])
+                + (f"; with our batches {_learnt(one['alike']['quality'])}" if "alike" in one else ""),
             )
         )
     headings = (
@@ -163,6 +164,10 @@ def work_section(result: Result) -> str:
         f"### {result['what']}\n\n{circumstances(result)}\n\n{table(headings, rows)}\n\n"
         f"Equal work, checked:\n\n{checks}\n\nSettings:\n\n{settings}\n"
     )
+
+
+def _learnt(quality: Result) -> str:
+    return ", ".join(f"{key} {figure:.3f}" for key, figure in quality.items())
 
 
 def _check(one: Result) -> str:

@@ -42,11 +42,12 @@ ENTRIES = (
 )
 
 
-def ran(*steps: tuple[int, int, float], trainable: int = 100, loss: float = 0.6) -> dict:
+def ran(*steps: tuple[int, int, float], trainable: int = 100, loss: float = 0.6, **more: dict) -> dict:
     return {
         "steps": [dict(zip(("examples", "tokens", "loss"), step, strict=True)) for step in steps],
         "trainable": trainable,
         "quality": {"loss": loss},
+        **more,
     }
 
 
@@ -60,14 +61,17 @@ PLAIN = [(4, 30, 0.7), (4, 28, 0.65)]
         (ran((4, 29, 0.7), (4, 28, 0.65)), {"the same examples and tokens in every step"}),
         (ran(*PLAIN, trainable=101), {"lora: as many parameters train"}),
         (ran((4, 30, 0.8), (4, 28, 0.75)), {"lora: mean loss, same batches"}),
-        (ran(*PLAIN, loss=0.9), {"lora: loss on the validation examples after training"}),
+        (ran(*PLAIN, loss=0.9), {"lora: loss on the validation examples after training, same batches"}),
     ],
 )
-def test_unequal_work_is_found(peer: dict, fails: set[str]) -> None:
+@pytest.mark.parametrize("swapped", [False, True], ids=["", "once more"])
+def test_unequal_work_is_found(peer: dict, fails: set[str], swapped: bool) -> None:
+    """Of one that raced with other batches, by what it learnt from the same ones afterwards."""
+    again, trainable = (peer, peer["trainable"]) if swapped else (ran(*PLAIN), 100)
     found = {
         "deltatune": ran(*PLAIN),
         "probe": ran((4, 30, 0.0)),
-        "peer": peer,
-        "random": ran((5, 30, 0.7), (3, 30, 0.7)),
+        "peer": ran(*PLAIN) if swapped else peer,
+        "random": ran((5, 30, 0.7), (3, 30, 0.7), trainable=trainable, loss=0.75, alike=again),
     }
     assert {check["check"] for check in checks(found, ENTRIES) if not check["holds"]} == fails

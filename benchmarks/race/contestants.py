@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+OUR_BATCHES = "our-batches"
+"""What a contestant with batches of its own is told where it shall take ours."""
+
 ALLOCATOR = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=68719476736",
     "THP_MEM_ALLOC_ENABLE": "1",

@@ -24,7 +24,7 @@ def run(work: dict[str, Any], entry: Contestant, turn: Turn) -> None:
     config = SFTConfig(**given, per_device_train_batch_size=work["batch"], max_length=work["max_length"])
     if settings:
         trainer = TunedSFT(adapted(loaded(work, settings), work, settings), config, train_dataset=train)
-        trainer.batches = work["batches"]
     else:
         trainer = TunedSFT(str(folder / "base"), config, train_dataset=train, peft_config=lora(work, settings))
+    trainer.batches = work["batches"] if entry.same_batches else None
     finish(trainer, work, turn, validation)
