@@ -522,6 +522,7 @@ def everything(dtype: torch.dtype) -> list[Tensor]:
         kernels.low_rank_output(h, factor, weight, dtype), *kernels.low_rank_backward(x, h, dy, factor, 0.5)[1:],
         kernels.scale_columns(x, factors, norms, factors), *kernels.scale_columns_backward(x, factors, norms, dy),
         *kernels.magnified_low_rank_backward(x, h, up, factors, norms, dy, factor, 0.5)[1:],
+        *kernels.scaled_low_rank_backward(x, h, kernels.Magnified(up, norms, factor), factors, dy, 0.5)[1:],
         *kernels.updated_norms([kernels.Updated(x, A, B[:13].contiguous(), 0.5, factors[:13].abs())]),
         logits, losses, kernels.drop(x, 0.3, 7),
         *(decode(encode(x, storage), storage, x.new_empty(x.numel())) for storage in map(parse_storage, FORMATS[:5])),

@@ -54,8 +54,8 @@ def product(
     """x·Wᵀ + h·F + bias in bf16, where h and F, the `update`, are fp32; summed in fp32 and rounded once.
 
     A row of the result has the same bits whatever stands in the others, and on as many threads as there are. h has the
-    columns that `low_rank` gives it. With `scales`, in fp32, it is (x ⊙ scales)·Wᵀ. What codes stand for is never in
-    memory as a whole, and gives the bits that it would give there.
+    columns that `low_rank` gives it. With `scales`, in fp32, it is (x ⊙ scales)·Wᵀ, where W is multiplied by them and
+    rounded, not x. What codes stand for is never in memory as a whole, and gives the bits that it would give there.
     """
     h, factor = (None, None) if update is None else (update[0], update[1].contiguous())
     y: Tensor = _PRODUCT(x.contiguous(), *_stored(weight), scales, bias, h, factor)
