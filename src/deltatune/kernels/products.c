@@ -234,12 +234,21 @@ static void multiply(const number *x, const struct weights *weights, const struc
     }
 }
 
+void product(const number *x, const number *numbers, size turned, const float *of_rows, const number *bias, const float *h,
+             const float *factor, size rank, size padded, number *y, float *room, size each, size tokens, size inner, size out,
+             size threads)
+{
+    struct weights weights = {.numbers = numbers, .turned = turned, .inner = inner, .out = out, .scales = of_rows};
+    struct more more = {bias, h, factor, NULL, rank, padded};
+    multiply(x, &weights, &more, NULL, y, room, each, tokens, threads);
+}
+
 /* Of the weight either numbers are given or codes; of a magnitude all or nothing. */
-void product(const number *x, const number *numbers, const uint8_t *codes, const void *scales, const float *coarse,
-             const float *offset, const float *map, const float *levels, size block, size bits, size turned,
-             const float *of_rows, const number *bias, const float *h, const float *factor, size rank, size padded,
-             const float *A, const float *m, const float *squares, float *of_columns, float *scaled, float *whole, number *y,
-             float *room, size each, size tokens, size inner, size out, size threads)
+void any_product(const number *x, const number *numbers, const uint8_t *codes, const void *scales, const float *coarse,
+                 const float *offset, const float *map, const float *levels, size block, size bits, size turned,
+                 const float *of_rows, const float *A, const float *m, const float *squares, float *of_columns, float *scaled,
+                 float *whole, const number *bias, const float *h, const float *factor, size rank, size padded, number *y,
+                 float *room, size each, size tokens, size inner, size out, size threads)
 {
     struct weights weights = {numbers, {codes, scales, coarse, offset, map, levels, block, bits}, turned, inner, out, of_rows};
     struct more more = {bias, h, factor, of_columns, rank, padded};

@@ -58,7 +58,11 @@ def product(
     rounded, not x. What codes stand for is never in memory as a whole, and gives the bits that it would give there.
     """
     h, factor = (None, None) if update is None else (update[0], update[1].contiguous())
-    y: Tensor = _PRODUCT(x.contiguous(), *_stored(weight), scales, bias, h, factor)
+    more = scales, bias, h, factor
+    if isinstance(weight, Tensor):
+        y: Tensor = _PRODUCT(x.contiguous(), weight, *more)
+    else:
+        y = _CODED_PRODUCT(x.contiguous(), *_stored(weight), *more)
     return y
 
 
@@ -229,6 +233,15 @@ def _stored(weight: Factor) -> _Stored:
 
 
 def _product(
+    x: Tensor, weight: Tensor, scales: Tensor | None, bias: Tensor | None, h: Tensor | None, factor: Tensor | None
+) -> Tensor:
+    y = x.new_empty(len(x), len(weight))
+    if not x.is_meta:
+        _product_loop(x, x, weight, int(weight.stride(0) == 1), scales, *_beside(x, y, bias, h, factor))
+    return y
+
+
+def _coded_product(
     x: Tensor,
     weight: Tensor,
     coding: list[Tensor | None],
@@ -240,7 +253,10 @@ def _product(
     h: Tensor | None,
     factor: Tensor | None,
 ) -> Tensor:
-    y = _multiplied(x, (weight, coding, block, bits, turned), scales, bias, h, factor, (None,) * 6)
+    y = x.new_empty(len(x), weight.shape[1] * 8 // bits if turned else len(weight))
+    if not x.is_meta:
+        read = None, weight, *coding, block, bits, int(turned)
+        _any_product_loop(x, x, *read, scales, *(None,) * 6, *_beside(x, y, bias, h, factor))
     return y
 
 
@@ -257,36 +273,25 @@ def _magnified_product(
     m: Tensor,
     squares: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y = x.new_empty(len(x), len(weight))
     scales, scaled, whole = torch.empty_like(m), torch.empty_like(factor), m.new_empty(1)
-    magnitude = A, m, squares, scales, scaled, whole
-    y = _multiplied(x, (weight, coding, block, bits, turned), None, None, h, factor, magnitude)
+    if not x.is_meta:
+        read = (None, weight, *coding) if coding else (weight, *(None,) * 6)
+        turned = not coding and weight.stride(0) == 1
+        magnitude = A, m, squares, scales, scaled, whole
+        _any_product_loop(x, x, *read, block, bits, int(turned), None, *magnitude, *_beside(x, y, None, h, factor))
     return y, scales, scaled, whole
 
 
-def _multiplied(
-    x: Tensor,
-    stored: _Stored,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    h: Tensor | None,
-    factor: Tensor | None,
-    magnitude: tuple[Tensor | None, ...],
-) -> Tensor:
-    weight, coding, block, bits, turned = stored
+def _beside(
+    x: Tensor, y: Tensor, bias: Tensor | None, h: Tensor | None, factor: Tensor | None
+) -> tuple[Tensor | int | None, ...]:
+    """What a product's loop is given besides its two factors."""
     (tokens, width), threads = x.shape, torch.get_num_threads()
-    y = x.new_empty(tokens, weight.shape[1] * 8 // bits if turned else len(weight))
-    if not x.is_meta:
-        rank, padded = (0, 0) if h is None or factor is None else (len(factor), h.shape[1])
-        each = -(-tokens // _TALL) * _TALL * _PANEL if width > _DEEP else 0
-        room = x.new_empty(threads, each, dtype=torch.float32) if each else None
-        read = (None, weight, *coding) if coding else (weight, *(None,) * 6)
-        turned = turned if coding else weight.stride(0) == 1
-        beside = bias, h, factor, rank, padded, *magnitude
-        _product_loop(
-            x, x, *read, block, bits, int(turned), scales, *beside,
-            y, room, each, tokens, width, y.shape[1], threads,
-        )  # fmt: skip
-    return y
+    rank, padded = (0, 0) if h is None or factor is None else (len(factor), h.shape[1])
+    each = -(-tokens // _TALL) * _TALL * _PANEL if width > _DEEP else 0
+    room = x.new_empty(threads, each, dtype=torch.float32) if each else None
+    return bias, h, factor, rank, padded, y, room, each, tokens, width, y.shape[1], threads
 
 
 def _low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -378,7 +383,8 @@ def _scale_columns_backward(x: Tensor, m: Tensor, n: Tensor, dy: Tensor) -> tupl
     return dx, dm
 
 
-_product_loop = Loop("product", "ttttttttnnnttttnnttttttttnnnnn")
+_product_loop = Loop("product", "ttnttttnnttnnnnn")
+_any_product_loop = Loop("any_product", "ttttttttnnnttttttttttnnttnnnnn")
 _low_rank_loop = Loop("low_rank", "tttfttnnnn")
 _low_rank_output_loop = Loop("low_rank_output", "ttttnnn")
 _low_rank_backward_loop = Loop("low_rank_backward", "ttttfttttttttttnnnnn")
@@ -386,11 +392,13 @@ _updated_norms_loop = Loop("updated_norms", "tnf")
 _scale_columns_loop = Loop("scale_columns", "tttttnn")
 _scale_columns_backward_loop = Loop("scale_columns_backward", "tttttttnnn")
 
-_WEIGHT = "Tensor x, Tensor weight, Tensor?[] coding, int block, int bits, bool turned"
-_PRODUCT = operator(f"product({_WEIGHT}, Tensor? scales, Tensor? bias, Tensor? h, Tensor? factor) -> Tensor", _product)
+_CODING = "Tensor?[] coding, int block, int bits, bool turned"
+_MORE = "Tensor? scales, Tensor? bias, Tensor? h, Tensor? factor"
+_PRODUCT = operator(f"product(Tensor x, Tensor weight, {_MORE}) -> Tensor", _product)
+_CODED_PRODUCT = operator(f"coded_product(Tensor x, Tensor weight, {_CODING}, {_MORE}) -> Tensor", _coded_product)
 _MAGNIFIED_PRODUCT = operator(
-    f"magnified_product({_WEIGHT}, Tensor h, Tensor factor, Tensor A, Tensor m, Tensor squares)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    f"magnified_product(Tensor x, Tensor weight, {_CODING}, Tensor h, Tensor factor, Tensor A, Tensor m,"
+    " Tensor squares) -> (Tensor, Tensor, Tensor, Tensor)",
     _magnified_product,
 )
 _LOW_RANK = operator("low_rank(Tensor x, Tensor A, Tensor B, float scale) -> (Tensor, Tensor)", _low_rank)

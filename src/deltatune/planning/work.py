@@ -49,8 +49,8 @@ OWN_PRODUCT = "deltatune::product"
 
 So does bringing a weight out of few bits: a few hundredths of its time at most.
 """
-_OWN_PRODUCTS = (OWN_PRODUCT, "deltatune::magnified_product")
-"""The second finds norms on the way, as if there were a few tokens more."""
+_OWN_PRODUCTS = (OWN_PRODUCT, "deltatune::coded_product", "deltatune::magnified_product")
+"""The last finds norms on the way, as if there were a few tokens more."""
 PRODUCTS: Mapping[str, Callable[..., tuple[int, ...]]] = {
     "mm": lambda a, b, *_: (1, a.shape[0], a.shape[1], b.shape[1]),
     "addmm": lambda c, a, b, *_: (1, a.shape[0], a.shape[1], b.shape[1]),

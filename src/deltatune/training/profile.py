@@ -64,7 +64,7 @@ _ADAPTED = "adapted"
 _FORWARD = 0
 """The scope that the profiler gives to operations."""
 _REPEATS = 5
-_OWN = ("deltatune::product", "deltatune::magnified_product")
+_OWN = ("deltatune::product", "deltatune::coded_product", "deltatune::magnified_product")
 _PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1} | dict.fromkeys(_OWN, 0)
 """Operations that multiply matrices, with the place of the first of both factors."""
 Product = tuple[int, int, int]

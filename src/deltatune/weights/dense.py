@@ -52,7 +52,10 @@ class DenseWeight(FrozenWeight):
         """W in that type."""
         return self.dense().to(dtype)
 
-    def _as_factor(self, x: Float[Tensor, "tokens inner"], turned: bool) -> kernels.Factor | None:
+    def factor(self, x: Float[Tensor, "tokens inner"], turned: bool = False) -> kernels.Factor | None:
+        """W, or (`turned`) its transpose, where the products of `kernels` take it."""
+        if not self._quick:
+            return None
         weight = self.dense()
         weight = weight.T if turned else weight
         return weight if kernels.multiplies(x, weight) else None

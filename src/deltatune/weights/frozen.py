@@ -89,12 +89,9 @@ class FrozenWeight(ABC):
             return x @ weight.T if bias is None else F.linear(x, weight, bias)
         return kernels.low_rank_output(*update, bias, x.dtype).addmm_(x, weight.T)
 
+    @abstractmethod
     def factor(self, x: Float[Tensor, "tokens inner"], turned: bool = False) -> kernels.Factor | None:
         """W, or (`turned`) its transpose, as the products of `kernels` with x take it; None where they do not."""
-        return self._as_factor(x, turned) if self._quick else None
-
-    @abstractmethod
-    def _as_factor(self, x: Float[Tensor, "tokens inner"], turned: bool) -> kernels.Factor | None: ...
 
     @abstractmethod
     def read(self, dtype: torch.dtype) -> Float[Tensor, "out in"]:

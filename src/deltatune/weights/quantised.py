@@ -168,7 +168,10 @@ class QuantisedWeight(FrozenWeight):
         flat = _scratch(self.out * self.in_, dtype, self._module.codes.device)
         return decode(self._module.packed, self._module.storage, flat).view(self.out, self.in_)
 
-    def _as_factor(self, x: Float[Tensor, "tokens inner"], turned: bool) -> kernels.Factor | None:
+    def factor(self, x: Float[Tensor, "tokens inner"], turned: bool = False) -> kernels.Factor | None:
+        """The codes of W, or (`turned`) of its transpose, where the products of `kernels` take them."""
+        if not self._quick:
+            return None
         if (stored := self._stored) is not None:
             weight = stored.T if turned else stored
             return weight if kernels.multiplies(x, weight) else None
