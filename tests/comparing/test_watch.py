@@ -78,7 +78,7 @@ def test_the_page_follows_a_run_from_its_first_step_to_its_report(live, server, 
     assert page.evaluate("document.documentElement.scrollWidth") <= 375
     write_text(live.folder / "report.html", "<title>the report</title>")
     page.get_by_role("link", name="Report").click()
-    assert page.title() == "the report"
+    expect(page).to_have_title("the report")
     page.close()
     assert not said
 

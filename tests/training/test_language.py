@@ -58,7 +58,7 @@ CASES = [(name, method) for name in ARCHITECTURES for method in METHODS if (name
 def test_the_loss_in_chunks_and_its_gradients_are_those_of_all_logits_at_once(
     architecture: str, method, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(language, "_CHUNK", 1)  # the smallest chunks there are: 16 tokens
+    monkeypatch.setattr(language, "_TRAINED", 1)  # the smallest chunks there are: 16 tokens
     of, examples = task(architecture, method), sequences(architecture)
     batch = of.collate(examples, range(len(examples)))
     assert batch.units > 16
@@ -95,7 +95,8 @@ def test_a_model_that_changes_its_logits_afterwards_has_them_all() -> None:
 
 
 def test_all_logits_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(language, "_CHUNK", 1)
+    monkeypatch.setattr(language, "_TRAINED", 1)
+    monkeypatch.setattr(language, "_SCORED", 1)
     of, examples = task("llama"), sequences("llama")
     made: list[int] = []
     of.model.get_output_embeddings().register_forward_hook(lambda _, __, output: made.append(output.shape[:-1].numel()))
