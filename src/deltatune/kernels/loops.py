@@ -45,8 +45,8 @@ def wide() -> bool:
 
 
 def multiplies_pairs() -> bool:
-    """Whether the loops have matrix products: on processors that multiply pairs of bf16, but have no matrix units."""
-    return _says("multiplies") and not _has_matrix_units()
+    """Whether the loops have matrix products: on processors that multiply pairs of bf16, with matrix units or without."""
+    return _says("multiplies")
 
 
 def missing() -> str:
@@ -75,8 +75,3 @@ def _says(name: str) -> bool:
 @cache
 def _flag(made: ctypes.CDLL, name: str) -> bool:
     return bool(ctypes.c_int32.in_dll(made, name).value)
-
-
-@cache
-def _has_matrix_units() -> bool:
-    return bool(torch.cpu.get_capabilities().get("amx_bf16"))

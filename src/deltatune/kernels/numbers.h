@@ -218,6 +218,15 @@ INLINE units paired(floats a, floats b) { return a; }
 INLINE void put(unit *row, size at, floats x) { memcpy(row + at, &x, sizeof x); }
 #endif
 
+/* Matrix units, which multiply 16 by 16 of them: a system has to let a process use these. */
+#if PAIRED && defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define UNITS 1
+#else
+#define UNITS 0
+#endif
+
 /* 16 rows of 16 units become 16 columns. */
 #if AVX512
 INLINE void transpose(const unit *from, size stride, unit *to, size width)

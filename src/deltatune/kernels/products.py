@@ -15,8 +15,9 @@ _RANKS = 8
 """Ranks that products.c computes together."""
 _PAIRS = 32
 """Numbers of a register of bf16."""
-_DEEP, _PANEL, _TALL = 2**12, 64, 6
-"""Numbers of a row that products.c multiplies before it carries sums on, and the columns and rows of its tiles."""
+_DEEP, _PANEL, _MOST, _TALL = 2**12, 64, 512, 96
+"""Numbers of a row that products.c multiplies before it carries sums on, the fewest and the most columns of these, and so
+many rows that they are whole tiles, of 6 or of 32."""
 
 
 def multiplies(x: Float[Tensor, "tokens in"], weight: Float[Tensor, "out in"]) -> bool:
@@ -287,11 +288,12 @@ def _beside(
     x: Tensor, y: Tensor, bias: Tensor | None, h: Tensor | None, factor: Tensor | None
 ) -> tuple[Tensor | int | None, ...]:
     """What a product's loop is given besides its two factors."""
-    (tokens, width), threads = x.shape, torch.get_num_threads()
+    (tokens, width), out, threads = x.shape, y.shape[1], torch.get_num_threads()
     rank, padded = (0, 0) if h is None or factor is None else (len(factor), h.shape[1])
-    each = -(-tokens // _TALL) * _TALL * _PANEL if width > _DEEP else 0
+    columns = min(max(_PANEL, -(-out // threads)), _MOST)
+    each = -(-tokens // _TALL) * _TALL * columns if width > _DEEP else 0
     room = x.new_empty(threads, each, dtype=torch.float32) if each else None
-    return bias, h, factor, rank, padded, y, room, each, tokens, width, y.shape[1], threads
+    return bias, h, factor, rank, padded, y, room, each, tokens, width, out, threads
 
 
 def _low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@
 | norms | RMSNorm in half a dozen passes | where it is frozen, on a CPU |
 | packing | padding | decoders whose attention is told where texts begin |
 | pooled | all tokens in the last block | encoders that classify by the first token |
-| products | PyTorch's products | frozen weights in bf16, on a CPU that multiplies pairs but has no matrix units |
+| products | PyTorch's products | frozen weights in bf16, on a CPU that multiplies pairs of bf16 |
 | rotations | rotary positions in half a dozen passes | where the two halves of a head are turned, on a CPU |
 | sharing | the beginning of each text by itself | packed texts that begin alike, with `attention` and no dropout |
 
