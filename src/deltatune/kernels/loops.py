@@ -45,7 +45,7 @@ def wide() -> bool:
 
 
 def multiplies_pairs() -> bool:
-    """Whether the loops have matrix products: on processors that multiply pairs of bf16, with matrix units or without."""
+    """Whether the loops have matrix products: on processors that multiply pairs of bf16, in units or not."""
     return _says("multiplies")
 
 

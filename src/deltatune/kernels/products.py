@@ -16,7 +16,7 @@ _RANKS = 8
 _PAIRS = 32
 """Numbers of a register of bf16."""
 _DEEP, _PANEL, _MOST, _TALL = 2**12, 64, 512, 96
-"""Numbers of a row that products.c multiplies before it carries sums on, the fewest and the most columns of these, and so
+"""Numbers of a row that products.c multiplies before it carries sums on, fewest and most columns of these, and so
 many rows that they are whole tiles, of 6 or of 32."""
 
 
