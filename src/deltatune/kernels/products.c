@@ -207,7 +207,8 @@ INLINE number *packed(number *x, size deep, size row, size k)
 }
 
 /* `deep` numbers of a tile's rows of x, and where there are `more`, what they multiply F with. */
-static __attribute__((noinline)) void pack_rows(const struct tile *tile, number *to, size deep, size stride, const struct more *of, size more)
+static __attribute__((noinline)) void pack_rows(const struct tile *tile, number *to, size deep, size stride,
+                                                const struct more *of, size more)
 {
     for (size row = 0; row < tile->rows; row++) {
         for (size k = 0; k < deep; k += DUO)
@@ -336,7 +337,7 @@ static void narrowed(const float *A, number *to, size rank, size inner, size k, 
         for (size i = 0; i < deep; i += LANES) store(to + r * deep + i, load_floats(A + r * inner + k + i, LANES), LANES);
 }
 
-/* The scales of `wide` columns from n on. U (rank, PANEL) is A·Wᵀ of these, and G is A·Aᵀ. */
+/* The scales of `wide` columns from n on. U, whose rows are `apart`, is A·Wᵀ of these, and G is A·Aᵀ. */
 static void find_scales(const struct magnitude *magnitude, const struct more *more, const float *U, size apart, const float *G,
                         size n, size wide, size out)
 {
@@ -358,7 +359,7 @@ static void find_scales(const struct magnitude *magnitude, const struct more *mo
 }
 
 /* Both sizes of the weights fill registers of pairs. Threads share the columns, each with panels of its own, and where there
-   are not enough for all of them the rows, too. Where `inner` is more than DEEP each has room for `each` sums to carry: a
+   are not enough for all of them the rows, too; with matrix units and many tokens the rows alone. Where `inner` is more than DEEP each has room for `each` sums to carry: a
    panel of columns at least for all tokens, in whole tiles. */
 static void multiply(const number *x, const struct weights *weights, const struct more *more, const struct magnitude *magnitude,
                      number *y, float *room, size each, size tokens, size threads)
