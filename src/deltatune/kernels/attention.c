@@ -1,6 +1,7 @@
 /* Attention: the weights of a few queries at a time, which are never written to memory. */
 
 #include "numbers.h"
+#include "matrix_units.h"
 
 enum { QUERIES = 32, TILE = 16 };
 
@@ -29,13 +30,97 @@ INLINE void tile(const unit *a, size down, size right, const unit *b, size width
         EACH(v, vectors) store_floats(c + r * stride + v * LANES, sums[r * vectors + v], LANES);
 }
 
+#if UNITS
+/* `now` units of 16 rows from unit k on: of a row, or where the rows stand side by side, of unit k + r of each. */
+INLINE __m512i part_of(const unit *a, size down, size right, size r, size k, size now)
+{
+    if (right == 1) return _mm512_maskz_loadu_epi32(lanes(now), a + r * down + k);
+    return r < now ? _mm512_loadu_si512(a + (k + r) * right) : _mm512_setzero_si512();
+}
+
+/* Of 16 rows and `vectors` times 16 columns. What is missing of the rows is read, but not used; of what is summed over it
+   is zero. */
+INLINE void unit_tile(const unit *a, size down, size right, const unit *b, size width, float *c, size stride, size rows,
+                      size inner, int vectors, int add)
+{
+    _Alignas(64) unit left[LANES * LANES], above[LANES * 4 * LANES];
+    _Alignas(64) float sums[LANES * 4 * LANES];
+    float *to = rows < LANES ? sums : c;
+    size each = rows < LANES ? 4 * LANES : stride;
+    if (add && rows < LANES)
+        for (size r = 0; r < rows; r++) memcpy(sums + r * each, c + r * stride, vectors * LANES * sizeof *c);
+    SETTLED;
+    if (add) {
+        _tile_loadd(0, to, 4 * each);
+        if (vectors > 1) _tile_loadd(1, to + LANES, 4 * each);
+        if (vectors > 2) _tile_loadd(2, to + 2 * LANES, 4 * each);
+        if (vectors > 3) _tile_loadd(3, to + 3 * LANES, 4 * each);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (size k = 0; k < inner; k += LANES) {
+        size now = inner - k < LANES ? inner - k : LANES;
+        const unit *one = a + k, *many = b + k * width;
+        size one_width = down, many_width = width;
+        if (now < LANES || right > 1) {
+            __m512i some[LANES];
+            EACH(r, 8) some[r] = part_of(a, down, right, r, k, now), some[8 + r] = part_of(a, down, right, 8 + r, k, now);
+            EACH(r, 8) _mm512_store_si512(left + r * LANES, some[r]), _mm512_store_si512(left + (8 + r) * LANES, some[8 + r]);
+            if (right > 1) transpose(left, LANES, left, LANES);
+            one = left, one_width = LANES;
+        }
+        if (now < LANES) {
+            memset(above, 0, sizeof above);
+            for (size r = 0; r < now; r++)
+                memcpy(above + r * 4 * LANES, many + r * width, vectors * LANES * sizeof *many);
+            many = above, many_width = 4 * LANES;
+        }
+        SETTLED;
+        _tile_loadd(4, one, 4 * one_width);
+        _tile_loadd(5, many, 4 * many_width);
+        _tile_dpbf16ps(0, 4, 5);
+        if (vectors > 1) {
+            _tile_loadd(6, many + LANES, 4 * many_width);
+            _tile_dpbf16ps(1, 4, 6);
+        }
+        if (vectors > 2) {
+            _tile_loadd(7, many + 2 * LANES, 4 * many_width);
+            _tile_dpbf16ps(2, 4, 7);
+        }
+        if (vectors > 3) {
+            _tile_loadd(5, many + 3 * LANES, 4 * many_width);
+            _tile_dpbf16ps(3, 4, 5);
+        }
+    }
+    _tile_stored(0, to, 4 * each);
+    if (vectors > 1) _tile_stored(1, to + LANES, 4 * each);
+    if (vectors > 2) _tile_stored(2, to + 2 * LANES, 4 * each);
+    if (vectors > 3) _tile_stored(3, to + 3 * LANES, 4 * each);
+    SETTLED;
+    if (rows < LANES)
+        for (size r = 0; r < rows; r++) memcpy(c + r * stride, sums + r * each, vectors * LANES * sizeof *c);
+}
+#endif
+
 /* c = a·b, or c += a·b: a(r, k) is at a[r·down + k·right], a row of b has `width` units, and one of c `stride` numbers. */
 static void multiply(const unit *a, size down, size right, const unit *b, size width, float *c, size stride, size rows,
                      size columns, size inner, int add)
 {
     for (size n = 0; n < columns;) {
         size vectors = (columns - n) / LANES >= 4 ? 4 : (columns - n) / LANES >= 2 ? 2 : 1, tall = vectors == 4 ? 4 : 8;
-        for (size r = 0; r < rows; r += tall) {
+#if UNITS
+        for (size r = 0; matrix_units && r < rows; r += LANES) {
+            const unit *from = a + r * down, *with = b + n;
+            float *to = c + r * stride + n;
+            if (vectors == 4) unit_tile(from, down, right, with, width, to, stride, rows - r, inner, 4, add);
+            else if (vectors == 2) unit_tile(from, down, right, with, width, to, stride, rows - r, inner, 2, add);
+            else unit_tile(from, down, right, with, width, to, stride, rows - r, inner, 1, add);
+        }
+#endif
+        for (size r = 0; !matrix_units && r < rows; r += tall) {
             const unit *from = a + r * down, *with = b + n;
             float *to = c + r * stride + n;
             if (vectors == 4) tile(from, down, right, with, width, to, stride, rows - r, inner, 4, 4, add);
@@ -207,6 +292,7 @@ void attention(const number *q, const number *k, const number *v, const number *
         float *scores = take(&room, QUERIES * wide), *biases = take(&room, QUERIES * wide);
         float *sums = take(&room, QUERIES * width);
         number *both = take(&room, 2 * wide * width);
+        begin_units();
 #pragma omp for schedule(dynamic)
         for (size index = 0; index < job->texts * job->groups; index++) {
             struct task task = task_of(job, bounds, k, v, both, index);
@@ -250,6 +336,7 @@ void attention(const number *q, const number *k, const number *v, const number *
                                   load_floats(sums + r * width + i, LANES) * shares[r], job->width - i);
                 }
         }
+        end_units();
     }
 }
 
@@ -279,6 +366,7 @@ void attention_backward(const number *q, const number *k, const number *v, const
         unit *weights_along = take(&room, QUERIES * wide);
         float *to_query = take(&room, QUERIES * width), *to_keys = take(&room, wide * width), *to_values = take(&room, wide * width);
         number *both = take(&room, 2 * wide * width);
+        begin_units();
 #pragma omp for schedule(dynamic)
         for (size index = 0; index < job->texts * job->groups; index++) {
             struct task task = task_of(job, bounds, k, v, both, index);
@@ -357,5 +445,6 @@ void attention_backward(const number *q, const number *k, const number *v, const
                 store(to + i, sum, job->width - i);
             }
         }
+        end_units();
     }
 }

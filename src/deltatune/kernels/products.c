@@ -1,6 +1,7 @@
 /* Products with frozen weights, and beside them the thin ones of low-rank updates, and magnitudes of columns. */
 
 #include "codes.h"
+#include "matrix_units.h"
 
 /* A·Aᵀ for rows of fp32. */
 static void gram(const float *A, float *G, size rank, size width)
@@ -161,24 +162,8 @@ static void tall_tile(const struct tile *tile, const unit *panel, size wide, siz
 }
 
 #if UNITS
-int32_t matrix_units; /* whether the system lets this process use them */
-
+int32_t matrix_units;
 __attribute__((constructor)) static void ask_for_units(void) { matrix_units = !syscall(SYS_arch_prctl, 0x1023, 18); }
-
-/* What the compiler knows of memory is what the units read and write; it does not see that they do. */
-#define SETTLED __asm__ volatile("" ::: "memory")
-
-INLINE void begin_units(void)
-{
-    struct {
-        uint8_t palette, start, none[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } shape = {.palette = 1};
-    EACH(i, 8) shape.bytes[i] = 4 * LANES, shape.rows[i] = LANES;
-    _tile_loadconfig(&shape);
-}
-INLINE void end_units(void) { _tile_release(); }
 
 /* h·F beside the product, as if a row of x had more numbers: each of both is the sum of two numbers, and of their four
    products the three larger are added. */
@@ -303,9 +288,6 @@ static void unit_tiles(const struct tile *tile, const unit *slab, size wide, siz
     }
 }
 #else
-const int32_t matrix_units = 0;
-static void begin_units(void) {}
-static void end_units(void) {}
 static size beside_product(size rank) { return 0; }
 static void pack_factor(const struct more *of, unit *slab, size rows, size n, size wide, size out, size more) {}
 static void unit_tiles(const struct tile *tile, const unit *slab, size wide, size rows, size deep, size inner, size out,
@@ -388,7 +370,7 @@ static void multiply(const number *x, const struct weights *weights, const struc
             if (carried && most > each / (tiles * tall)) most = each / (tiles * tall) / SIDE * SIDE;
         }
         if (magnitude) gram(magnitude->A, G, more->rank, inner);
-        if (matrix_units) begin_units();
+        begin_units();
         for (size n = begin; n < end; n += most)
             for (size k = 0; k < inner; k += step) {
                 size wide = end - n < most ? end - n : most, deep = inner - k < step ? inner - k : step;
@@ -412,7 +394,7 @@ static void multiply(const number *x, const struct weights *weights, const struc
                     tiles_beside(&tile, slab, wide, rows, deep, inner, out, more);
                 }
             }
-        if (matrix_units) end_units();
+        end_units();
     }
 }
 
