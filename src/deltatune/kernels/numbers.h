@@ -272,3 +272,15 @@ static inline void add_up(const float *sums, size each, float *to, const float *
             to[i * rows + row] = over ? by * sum / over[i] : by * sum;
         }
 }
+
+/* A·Aᵀ for rows of fp32. */
+static inline void gram(const float *A, float *G, size rank, size width)
+{
+    for (size k = 0; k < rank; k++)
+        for (size j = 0; j <= k; j++) {
+            floats sum = {0};
+            for (size i = 0; i < width; i += LANES)
+                sum += load_floats(A + k * width + i, width - i) * load_floats(A + j * width + i, width - i);
+            G[k * rank + j] = G[j * rank + k] = total(sum);
+        }
+}

@@ -11,8 +11,8 @@ from torch import Tensor
 from deltatune.kernels.loops import Loop, multiplies_pairs, operator, ready
 from deltatune.kernels.passes import Codes
 
-_RANKS = 8
-"""Ranks that products.c computes together."""
+_LANES, _RANKS, _MANY = 16, 8, 128
+"""Numbers of fp32 in a register, and ranks and at most so many tokens that low_rank.c computes together."""
 _PAIRS = 32
 """Numbers of a register of bf16."""
 _DEEP, _PANEL, _MOST, _TALL = 2**12, 64, 512, 96
@@ -300,8 +300,13 @@ def _low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Te
     (tokens, width), (out, rank) = x.shape, B.shape
     h, factor = A.new_empty(tokens, -(-rank // _RANKS) * _RANKS), A.new_empty(rank, out)
     if not x.is_meta:
-        _low_rank_loop(x, x, A, B, scale, h, factor, tokens, width, out, rank)
+        _low_rank_loop(x, x, A, B, scale, h, factor, h.new_empty(_in_tiles(rank) // 2 * width), tokens, width, out, rank)
     return h, factor
+
+
+def _in_tiles(rank: int) -> int:
+    """Rows of a factor in tiles of matrix units, three for each rank."""
+    return -(-3 * -(-rank // _RANKS) * _RANKS // _LANES) * _LANES
 
 
 def _low_rank_output(h: Tensor, factor: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -341,10 +346,12 @@ def _back(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (tokens, width), (rank, out), threads = x.shape, factor.shape, torch.get_num_threads()
     dh, dA, dB = torch.empty_like(h), h.new_empty(rank, width), h.new_empty(out, rank)
-    sums = h.new_empty(threads, rank * (width + out) + (0 if slopes[1] is None else out))
+    tiles, sums_of_rows = _in_tiles(rank), rank * (width + out) + (0 if slopes[1] is None else out)
+    each = -(-sums_of_rows // _LANES) * _LANES + tiles * (width + out + _MANY // 2)
+    sums = h.new_empty(threads * each + tiles // 2 * out)
     if not x.is_meta:
         sizes = tokens, width, out, rank, threads
-        _low_rank_backward_loop(x, x, h, dy, factor, scale, *magnitude, dh, sums, dA, dB, *slopes, *sizes)
+        _low_rank_backward_loop(x, x, h, dy, factor, scale, *magnitude, dh, sums, each, dA, dB, *slopes, *sizes)
     return dh, dA, dB
 
 
@@ -387,9 +394,9 @@ def _scale_columns_backward(x: Tensor, m: Tensor, n: Tensor, dy: Tensor) -> tupl
 
 _product_loop = Loop("product", "ttnttttnnttnnnnn")
 _any_product_loop = Loop("any_product", "ttttttttnnnttttttttttnnttnnnnn")
-_low_rank_loop = Loop("low_rank", "tttfttnnnn")
+_low_rank_loop = Loop("low_rank", "tttftttnnnn")
 _low_rank_output_loop = Loop("low_rank_output", "ttttnnn")
-_low_rank_backward_loop = Loop("low_rank_backward", "ttttfttttttttttnnnnn")
+_low_rank_backward_loop = Loop("low_rank_backward", "ttttfttttttnttttnnnnn")
 _updated_norms_loop = Loop("updated_norms", "tnf")
 _scale_columns_loop = Loop("scale_columns", "tttttnn")
 _scale_columns_backward_loop = Loop("scale_columns_backward", "tttttttnnn")
