@@ -119,7 +119,7 @@ static void gradients(const number *x, const float *h, float *gradient, size tok
    has three times as many rows (the first part of each rank, the second of each, the third), in tiles of 16. Of widths whole
    tiles alone are taken. Sums are kept in tiles, too, in pairs for 32 columns, which the instructions that bring rows of x
    together leave in another order. */
-enum { MANY = 4 * SOME, MOST = 64, TILE = LANES * LANES };
+enum { MANY = 2 * SOME, MOST = 64, TILE = LANES * LANES };
 static inline size tiles_of(size rank) { return (3 * padded(rank) + LANES - 1) / LANES; }
 #if UNITS
 enum { DUO = 2 * LANES };

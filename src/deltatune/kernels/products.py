@@ -11,7 +11,7 @@ from torch import Tensor
 from deltatune.kernels.loops import Loop, multiplies_pairs, operator, ready
 from deltatune.kernels.passes import Codes
 
-_LANES, _RANKS, _MANY = 16, 8, 128
+_LANES, _RANKS, _MANY = 16, 8, 64
 """Numbers of fp32 in a register, and ranks and at most so many tokens that low_rank.c computes together."""
 _PAIRS = 32
 """Numbers of a register of bf16."""
@@ -300,7 +300,9 @@ def _low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Te
     (tokens, width), (out, rank) = x.shape, B.shape
     h, factor = A.new_empty(tokens, -(-rank // _RANKS) * _RANKS), A.new_empty(rank, out)
     if not x.is_meta:
-        _low_rank_loop(x, x, A, B, scale, h, factor, h.new_empty(_in_tiles(rank) // 2 * width), tokens, width, out, rank)
+        _low_rank_loop(
+            x, x, A, B, scale, h, factor, h.new_empty(_in_tiles(rank) // 2 * width), tokens, width, out, rank
+        )
     return h, factor
 
 
