@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.activations import get_activation
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from deltatune import kernels
@@ -18,6 +19,7 @@ from deltatune.dropout import dropout
 from deltatune.kernels import build, loops
 from deltatune.kernels.build import library
 from deltatune.models.gates import gated_silu, replace_gates
+from deltatune.models.gelu import GELU, replace_gelu
 from deltatune.models.norms import replace_norms
 from deltatune.models.rotations import replace_rotations, rotated
 from deltatune.training.cross_entropy import cross_entropy_
@@ -295,6 +297,43 @@ def test_gates(count: int, dtype: torch.dtype) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("form", ["none", "tanh"])
+@pytest.mark.parametrize("count", [1, 15, 33, 5000])
+def test_gelu_of_bf16(count: int, form: str) -> None:
+    x, dy = (numbers(count, dtype=torch.bfloat16, seed=seed) for seed in range(2))
+    exact, dx = formula(lambda x: F.gelu(x, approximate=form), dy, x)
+    near(kernels.gelu(x, form == "tanh"), exact)
+    near(kernels.gelu_backward(x, dy, form == "tanh"), dx)
+
+
+@needs_kernels
+@pytest.mark.parametrize("form", ["none", "tanh"])
+def test_gelu_is_as_near_as_bf16_tells(form: str) -> None:
+    x = torch.linspace(-12, 12, 9001).bfloat16()
+    one = torch.ones_like(x)
+    exact, slope = formula(lambda x: F.gelu(x, approximate=form), one, x)
+    bit = 2.0**-8 * exact.abs()  # half the last
+    assert ((kernels.gelu(x, form == "tanh").double() - exact).abs() <= bit + 3e-5 * x.double().abs()).all()
+    assert (
+        (kernels.gelu_backward(x, one, form == "tanh").double() - slope).abs() <= 2.0**-8 * slope.abs() + 2e-4
+    ).all()
+    ends = torch.tensor([-1e30, -5.0, 0.0, 1e30, torch.inf, torch.nan]).bfloat16()
+    found = kernels.gelu(ends, form == "tanh")
+    assert found[:5].tolist() == [0, 0, *ends[2:5].tolist()]
+    assert found[5].isnan()
+
+
+def test_gelu_is_replaced_where_it_is_one_of_the_two() -> None:
+    forms = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "quick_gelu": None, "gelu_10": None}
+    model = nn.ModuleDict({name: get_activation(name) for name in forms} | {"own": nn.GELU()})
+    replace_gelu(model)
+    found = {name: one.approximate if isinstance(one, GELU) else None for name, one in model.items()}
+    assert found == forms | {"own": "none"}
+    x = numbers(50, dtype=torch.float32)
+    assert torch.equal(model["gelu"](x), F.gelu(x)), "in fp32 nothing is changed"
+
+
+@needs_kernels
 def test_gates_of_large_numbers() -> None:
     gate = torch.tensor([-1e30, -100.0, -88.0, 0.0, 88.0, 100.0, 1e30])
     torch.testing.assert_close(kernels.gated_silu(gate, torch.ones(7)), F.silu(gate))
@@ -518,6 +557,8 @@ def everything(dtype: torch.dtype) -> list[Tensor]:
     return [
         y, kernels.rms_norm_backward(x, weight, scales, dy),
         kernels.gated_silu(x, up), *kernels.gated_silu_backward(x, up, dy),
+        *(kernels.gelu(x.bfloat16(), tanh) for tanh in (False, True)),
+        *(kernels.gelu_backward(x.bfloat16(), dy.bfloat16(), tanh) for tanh in (False, True)),
         kernels.rotate(x[:, :36].reshape(13, 2, 18), x[:, :18], up[:, :18], False), attended, *passed,
         kernels.low_rank_output(h, factor, weight, dtype), *kernels.low_rank_backward(x, h, dy, factor, 0.5)[1:],
         kernels.scale_columns(x, factors, norms, factors), *kernels.scale_columns_backward(x, factors, norms, dy),

@@ -38,7 +38,7 @@ def made(*pieces: str) -> tuple[str, ...]:
 
 def test_the_pieces_that_a_step_has_are_named() -> None:
     products = ("products",) if kernels.multiplies_pairs() else ()
-    assert profiled("bert", rank=2).pieces == ("attention", "dropout", "pooled", *products)
+    assert profiled("bert", rank=2).pieces == ("attention", "dropout", *made("gelu"), "pooled", *products)
     assert profiled("llama", rank=2, writes=True).pieces == (
         "attention",
         *made("gates", "norms"),
@@ -111,8 +111,8 @@ def said_of(model, name: str, length: int = 32) -> dict[str, tuple[str, str]]:
 @pytest.mark.parametrize(
     ("name", "fast"),
     [
-        ("bert", {"attention", "dropout", "pooled"}),
-        ("distilbert", {"attention", "dropout"}),
+        ("bert", {"attention", "dropout", "pooled", *made("gelu")}),
+        ("distilbert", {"attention", "dropout", *made("gelu")}),
         ("llama", {"attention", "packing", "sharing", *made("gates", "norms", "rotations")}),
         ("t5", {"attention", "dropout", *made("norms")}),
     ],

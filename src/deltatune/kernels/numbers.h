@@ -101,6 +101,10 @@ static inline floats larger(floats x, floats y) /* y where x is no number */
     return choose(x > y, x, y);
 #endif
 }
+static inline floats within(floats x, float low, float high) /* no number where x is none */
+{
+    return choose(x < low, all(low), choose(x > high, all(high), x));
+}
 static inline floats swapped(floats x, int by) /* lanes that are `by` apart change places */
 {
     ints place = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};

@@ -66,6 +66,49 @@ void gated_silu_backward(const number *gate, const number *up, const number *dy,
     }
 }
 
+/* GELU is x·Φ(x) with Φ(x) = 1/2 + x·P(x²), and its derivative the like, where x is within ±4.5: exact, and as tanh gives it.
+   Ten terms that are at most 3e-5 off for Φ and 2e-4 for derivatives (the least of the largest, by Lawson's iteration, but that
+   Φ is past 0 and 1 where it ends), less than the last bit of bf16 holds. */
+enum { TERMS = 10 };
+static const float Phi[2][TERMS] = {
+    {3.98924671e-01f, -6.64206781e-02f, 9.89177189e-03f, -1.14271426e-03f, 1.01733847e-04f, -6.81369593e-06f, 3.27889615e-07f,
+     -1.05669719e-08f, 2.02240554e-10f, -1.72628136e-12f},
+    {3.98920858e-01f, -6.67416575e-02f, 1.01207351e-02f, -1.20790801e-03f, 1.11951838e-04f, -7.79456230e-06f, 3.87266214e-07f,
+     -1.27835956e-08f, 2.48903339e-10f, -2.15032632e-12f},
+};
+static const float slopes[2][TERMS] = {
+    {7.97626131e-01f, -2.64925647e-01f, 5.86092778e-02f, -8.81584983e-03f, 9.40540117e-04f, -7.12217376e-05f, 3.72191750e-06f,
+     -1.26804510e-07f, 2.52129576e-09f, -2.21077626e-11f},
+    {7.97544565e-01f, -2.65975652e-01f, 5.97634059e-02f, -9.24343343e-03f, 1.02097803e-03f, -8.00458805e-05f, 4.31273692e-06f,
+     -1.50650300e-07f, 3.05519926e-09f, -2.72063521e-11f},
+};
+
+INLINE floats half_and_odd(floats x, const float terms[TERMS])
+{
+    x = within(x, -4.5f, 4.5f);
+    floats square = x * x, sum = all(terms[TERMS - 1]);
+    for (int i = TERMS - 2; i >= 0; i--) sum = sum * square + terms[i];
+    return sum * x + 0.5f;
+}
+
+void gelu(const number *x, number *y, size tanh, size count)
+{
+#pragma omp parallel for schedule(static)
+    for (size i = 0; i < count; i += LANES) {
+        floats now = load(x + i, count - i);
+        store(y + i, now * within(half_and_odd(now, Phi[tanh]), 0, 1), count - i);
+    }
+}
+
+void gelu_backward(const number *x, const number *dy, number *dx, size tanh, size count)
+{
+#pragma omp parallel for schedule(static)
+    for (size i = 0; i < count; i += LANES) {
+        floats slope = half_and_odd(load(x + i, count - i), slopes[tanh]);
+        store(dx + i, load(dy + i, count - i) * slope, count - i);
+    }
+}
+
 /* Positions ----------------------------------------------------------------------------------------------------- */
 
 /* Turns the pairs (i, i + half) of every head; with sign −1 back. cos and sin have the two numbers one after another. */

@@ -47,7 +47,7 @@ def examine_machine(device: torch.device | str = "cpu") -> list[Finding]:
             Finding(
                 "between products",
                 "PyTorch" if kernels.missing() else "compiled loops",
-                kernels.missing() or "one pass each for norms, gates, rotations, attention, dropout and the loss",
+                kernels.missing() or "one pass each for norms, gates, GELU, rotations, attention, dropout and the loss",
             ),
             Finding("memory that a step frees", *_freed()),
         ]
@@ -99,10 +99,11 @@ _TRIED: Mapping[Piece, str] = {
     "attention": "it gives what the architecture's own gives, tried out just now",
     "dropout": "the model has it, and runs on a CPU",
     "gates": "the layer is SiLU(gate) · up",
+    "gelu": "the model has it, and computes it in one pass where that is in bf16",
     "norms": "ours give what the architecture's own give, tried out just now",
     "packing": "texts in one row are told apart, tried out just now",
     "pooled": "the last block gives the classifier what it gave, tried out just now",
-    "products": "the loop is faster where pairs of bf16 are multiplied, but no tiles (benchmarks/pieces.py)",
+    "products": "the loop is faster where pairs of bf16 are multiplied (benchmarks/pieces.py)",
     "rotations": "it turns the halves of a head, tried out just now",
     "sharing": "texts that begin alike are given what they have in common, tried out just now",
 }
@@ -124,6 +125,8 @@ def _without(piece: Piece, base: Base, length: int) -> str:
         return "the model has none that take the root of a mean square, or ours give something else"
     if piece == "gates":
         return "the model has none, or not of SiLU"
+    if piece == "gelu":
+        return "the model has none, or one of another form"
     if piece == "products":
         return "PyTorch's are faster on this processor, or the model is not in bf16"
     if piece == "rotations":

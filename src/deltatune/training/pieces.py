@@ -5,6 +5,7 @@
 | attention | Transformers' attention | texts that are short enough (`most_tokens`), on a CPU |
 | dropout | `nn.Dropout` | on a CPU |
 | gates | SiLU(gate) · up in three passes | where they are the architecture's, on a CPU |
+| gelu | PyTorch's GELU | in bf16, on a CPU |
 | norms | RMSNorm in half a dozen passes | where it is frozen, on a CPU |
 | packing | padding | decoders whose attention is told where texts begin |
 | pooled | all tokens in the last block | encoders that classify by the first token |
@@ -12,8 +13,8 @@
 | rotations | rotary positions in half a dozen passes | where the two halves of a head are turned, on a CPU |
 | sharing | the beginning of each text by itself | packed texts that begin alike, with `attention` and no dropout |
 
-"On a CPU" means for `gates`, `norms`, `products` and `rotations`: where the operators of `kernels` are. What each is
-worth is measured by benchmarks/pieces.py.
+"On a CPU" means for `gates`, `gelu`, `norms`, `products` and `rotations`: where the operators of `kernels` are. What
+each is worth is measured by benchmarks/pieces.py.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -24,18 +25,22 @@ from transformers import PreTrainedModel
 from deltatune import kernels
 from deltatune.dropout import replace_dropout
 from deltatune.models.gates import replace_gates
+from deltatune.models.gelu import replace_gelu
 from deltatune.models.norms import replace_norms
 from deltatune.models.products import replace_products
 from deltatune.models.rotations import replace_rotations
 from deltatune.training.attention import choose_attention
 
-Piece = Literal["attention", "dropout", "gates", "norms", "packing", "pooled", "products", "rotations", "sharing"]
+Piece = Literal[
+    "attention", "dropout", "gates", "gelu", "norms", "packing", "pooled", "products", "rotations", "sharing"
+]
 PIECES: tuple[Piece, ...] = get_args(Piece)
-FOR_A_CPU: tuple[Piece, ...] = ("attention", "dropout", "gates", "norms", "products", "rotations")
+FOR_A_CPU: tuple[Piece, ...] = ("attention", "dropout", "gates", "gelu", "norms", "products", "rotations")
 """The pieces that a run on another device goes without."""
 
 COMPILED: Mapping[Piece, Callable[[PreTrainedModel], None]] = {
     "gates": replace_gates,
+    "gelu": replace_gelu,
     "norms": replace_norms,
     "products": replace_products,
     "rotations": replace_rotations,

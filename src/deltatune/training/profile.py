@@ -33,6 +33,7 @@ from deltatune.models.adapted import Adapted, Added
 from deltatune.models.attach import attach, learning_rates, penalty, trainable_parameters
 from deltatune.models.base import Base
 from deltatune.models.gates import has_gates
+from deltatune.models.gelu import GELU
 from deltatune.models.norms import RMSNorm
 from deltatune.models.positions import room_for_text
 from deltatune.models.products import has_products
@@ -147,6 +148,7 @@ def pieces_of(model: PreTrainedModel, task: Task, batch: Batch, reads_one: bool)
         "attention": model.config._attn_implementation == short_attention.NAME,
         "dropout": any(isinstance(module, Dropout) for module in model.modules()),
         "gates": has_gates(model),
+        "gelu": any(isinstance(module, GELU) for module in model.modules()),
         "norms": any(isinstance(module, RMSNorm) for module in model.modules()),
         "packing": packing is not None,
         "pooled": reads_one,
