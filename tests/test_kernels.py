@@ -237,6 +237,14 @@ def test_products_that_are_not_ours_stay_with_pytorch() -> None:
     assert not kernels.multiplies(x, weight[::2])
 
 
+@needs_products
+def test_an_update_of_too_many_ranks_is_refused() -> None:
+    x, weight = (numbers(32, 32, dtype=torch.bfloat16) for _ in range(2))
+    update = numbers(32, 24, dtype=torch.float32), numbers(17, 32, dtype=torch.float32)
+    with pytest.raises(ValueError, match="rank 16 at most, not of 17"):
+        kernels.product(x, weight, None, update)
+
+
 @needs_kernels
 def test_low_rank_updates_give_the_same_bits_again() -> None:
     x, dy = numbers(300, 70, dtype=torch.bfloat16), numbers(300, 50, dtype=torch.bfloat16, seed=1)

@@ -13,6 +13,8 @@ from deltatune.kernels.passes import Codes
 
 _LANES, _RANKS, _MANY = 16, 8, 64
 """Numbers of fp32 in a register, and ranks and at most so many tokens that low_rank.c computes together."""
+_HIGH = 16
+"""Ranks of an update that products.c has room for."""
 _PAIRS = 32
 """Numbers of a register of bf16."""
 _DEEP, _PANEL, _MOST, _TALL = 2**12, 64, 512, 96
@@ -290,6 +292,8 @@ def _beside(
     """What a product's loop is given besides its two factors."""
     (tokens, width), out, threads = x.shape, y.shape[1], torch.get_num_threads()
     rank, padded = (0, 0) if h is None or factor is None else (len(factor), h.shape[1])
+    if rank > _HIGH:
+        raise ValueError(f"a product takes an update of rank {_HIGH} at most, not of {rank}")
     columns = min(max(_PANEL, -(-out // threads)), _MOST)
     each = -(-tokens // _TALL) * _TALL * columns if width > _DEEP else 0
     room = x.new_empty(threads, each, dtype=torch.float32) if each else None
