@@ -13,12 +13,8 @@ _SHORT, _LONG = 256, 2048
 
 
 def most_tokens() -> int:
-    """Tokens up to which our attention beats the fused kernel on a CPU (benchmarks/step.py).
-
-    The fused kernel uses matrix units where a processor has them; the compiled loop does not, and was not held against
-    it there on long texts.
-    """
-    return _LONG if kernels.wide() and not torch.cpu.get_capabilities().get("amx_bf16") else _SHORT
+    """Tokens up to which our attention beats the fused kernel on a CPU (benchmarks/step.py)."""
+    return _LONG if kernels.wide() else _SHORT
 
 
 def choose_attention(model: PreTrainedModel, longest: int) -> None:
