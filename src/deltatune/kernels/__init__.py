@@ -6,6 +6,17 @@ first and has another way. They are operators of PyTorch's, so what watches thos
 
 from deltatune.kernels.attention import Sees, attends, attention, attention_backward
 from deltatune.kernels.loops import missing, multiplies_pairs, ready, wide
+from deltatune.kernels.low_rank import (
+    Updated,
+    low_rank,
+    low_rank_backward,
+    low_rank_output,
+    magnified_low_rank_backward,
+    scale_columns,
+    scale_columns_backward,
+    scaled_low_rank_backward,
+    updated_norms,
+)
 from deltatune.kernels.passes import (
     Codes,
     cross_entropy_,
@@ -20,25 +31,20 @@ from deltatune.kernels.passes import (
     rotate,
 )
 from deltatune.kernels.products import (
+    HIGHEST_RANK,
+    PRODUCTS,
     Coded,
     Factor,
     Magnified,
-    Updated,
-    low_rank,
-    low_rank_backward,
-    low_rank_output,
-    magnified_low_rank_backward,
     magnified_product,
     multiplies,
     multiplies_codes,
     product,
-    scale_columns,
-    scale_columns_backward,
-    scaled_low_rank_backward,
-    updated_norms,
 )
 
 __all__ = [
+    "HIGHEST_RANK",
+    "PRODUCTS",
     "Coded",
     "Codes",
     "Factor",

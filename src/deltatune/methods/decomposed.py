@@ -19,9 +19,6 @@ from torch import Tensor
 from deltatune import kernels
 from deltatune.weights import FrozenWeight
 
-_SMALL = 16
-"""The highest rank that the product takes."""
-
 
 def decomposed(
     x: Float[Tensor, "tokens in"],
@@ -40,7 +37,7 @@ def decomposed(
     such product, for high ranks, and where something in m is zero, so that u does not tell what it was multiplied with.
     """
     factor = weight.factor(x)
-    if factor is None or len(A) > _SMALL or {one.dtype for one in (A, B, m, squares)} != {torch.float32}:
+    if factor is None or len(A) > kernels.HIGHEST_RANK or {one.dtype for one in (A, B, m, squares)} != {torch.float32}:
         return None
     branch = x if z is None else z
     with torch.no_grad():

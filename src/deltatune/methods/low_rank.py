@@ -20,9 +20,6 @@ from deltatune import kernels
 from deltatune.methods.magnitude import magnified, magnified_backward, summed, wide
 from deltatune.weights import FrozenWeight
 
-_SMALL = 16
-"""The highest rank whose products are not worth being products of their own."""
-
 
 def low_rank(
     x: Float[Tensor, "tokens in"],
@@ -40,7 +37,7 @@ def low_rank(
     With m and n, (out,) or (1,), all but b is multiplied by m/n, and n gets no gradient. Kept for backward: z, z·Aᵀ, A
     and scale·B, of a high rank A and B in the type of x; and with m what it multiplies.
     """
-    small = len(A) <= _SMALL and A.dtype == B.dtype == torch.float32 and kernels.ready(x)
+    small = len(A) <= kernels.HIGHEST_RANK and A.dtype == B.dtype == torch.float32 and kernels.ready(x)
     way = _Compiled if small else _Products
     y: Tensor = way.apply(x, z, weight, bias, A, B, scale, m, n)  # type: ignore[no-untyped-call]
     return y

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from deltatune import kernels
+
 
 class Work(NamedTuple):
     """One operation and the sizes that decide what it costs."""
@@ -44,13 +46,11 @@ class Traced:
         return sum(count * 2 * math.prod(work.shape) for work, count in self.work.items() if work.name in PRODUCTS)
 
 
-OWN_PRODUCT = "deltatune::product"
+OWN_PRODUCT = kernels.PRODUCTS[0]
 """That of `kernels`, with frozen weights; what is added to it counts by its bytes alone.
 
 So does bringing a weight out of few bits: a few hundredths of its time at most.
 """
-_OWN_PRODUCTS = (OWN_PRODUCT, "deltatune::coded_product", "deltatune::magnified_product")
-"""The last finds norms on the way, as if there were a few tokens more."""
 PRODUCTS: Mapping[str, Callable[..., tuple[int, ...]]] = {
     "mm": lambda a, b, *_: (1, a.shape[0], a.shape[1], b.shape[1]),
     "addmm": lambda c, a, b, *_: (1, a.shape[0], a.shape[1], b.shape[1]),
@@ -88,7 +88,7 @@ def work_of(operation: Any, inputs: Sequence[Any], out: Any) -> Work | None:
     if not outputs and not name.endswith("_"):
         return None
     size = sum(one.nbytes for one in (*read, *outputs))
-    if name in _OWN_PRODUCTS:
+    if name in kernels.PRODUCTS:
         return Work(OWN_PRODUCT, outputs[0].dtype, PRODUCTS[OWN_PRODUCT](read[0], outputs[0]), size)
     if name in PRODUCTS:
         return Work(name, outputs[0].dtype, PRODUCTS[name](*read), size)

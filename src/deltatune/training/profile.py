@@ -65,8 +65,7 @@ _ADAPTED = "adapted"
 _FORWARD = 0
 """The scope that the profiler gives to operations."""
 _REPEATS = 5
-_OWN = ("deltatune::product", "deltatune::coded_product", "deltatune::magnified_product")
-_PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1} | dict.fromkeys(_OWN, 0)
+_PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::addmm_": 1} | dict.fromkeys(kernels.PRODUCTS, 0)
 """Operations that multiply matrices, with the place of the first of both factors."""
 Product = tuple[int, int, int]
 """Rows, inner features and columns of a product of two matrices."""
@@ -260,7 +259,7 @@ def _product(event: Any, sides: list[tuple[int, int]], tokens: int) -> Product |
         return None
     place = _PRODUCTS[event.name]
     left, right = (tuple(shape) for shape in event.input_shapes[place : place + 2])
-    if event.name in _OWN:  # it is given a weight, or rows of bytes that stand for one
+    if event.name in kernels.PRODUCTS:  # it is given a weight, or rows of bytes that stand for one
         right = right[::-1] if right in sides or right[::-1] in sides else _decoded(right, left[1], sides)
     product = (*left, right[1])
     thin = min(product) < min(map(min, sides))
