@@ -1,6 +1,5 @@
 /* Attention: the weights of a few queries at a time, which are never written to memory. */
 
-#include "numbers.h"
 #include "matrix_units.h"
 
 enum { QUERIES = 32, TILE = 16 };

@@ -1,6 +1,5 @@
 /* The thin products of low-rank updates, and magnitudes of columns. */
 
-#include "numbers.h"
 #include "matrix_units.h"
 
 /* Low-rank updates ---------------------------------------------------------------------------------------------- */
@@ -122,7 +121,6 @@ static void gradients(const number *x, const float *h, float *gradient, size tok
 enum { MANY = 2 * SOME, MOST = 64, TILE = LANES * LANES };
 static inline size tiles_of(size rank) { return (3 * padded(rank) + LANES - 1) / LANES; }
 #if UNITS
-enum { DUO = 2 * LANES };
 static int in_units(size width, size rank) { return matrix_units && width % DUO == 0 && rank <= MOST; }
 
 INLINE floats part_of(floats x, size part)
@@ -290,15 +288,14 @@ void low_rank(const number *x, const float *A, const float *B, float scale, floa
         for (size o = 0; o < out; o++)
             for (size k = 0; k < rank; k++) scaled[k * out + o] = scale * B[o * rank + k];
         struct share share = share_of(tokens, LANES);
-        size step = units ? SOME : TOKENS;
-        begin_units();
-        if (units) pack_factor(A, room, rank, width);
-        for (size t = share.from; t < share.until; t += step) {
-            size now = share.until - t < step ? share.until - t : step;
-            if (units) inner_in_units(x + t * width, room, h + t * padded(rank), now, width, rank);
-            else inner(x + t * width, A, h + t * padded(rank), now, width, rank);
-        }
-        end_units();
+        const number *from = x + share.from * width;
+        float *to = h + share.from * padded(rank);
+        if (units) {
+            begin_units();
+            pack_factor(A, room, rank, width);
+            inner_in_units(from, room, to, share.until - share.from, width, rank);
+            end_units();
+        } else inner(from, A, to, share.until - share.from, width, rank);
     }
 }
 
@@ -417,8 +414,10 @@ void low_rank_backward(const number *x, const float *h, const number *dy, const 
         float *own = sums + omp_get_thread_num() * each, *tiles = own + filled(factors + (m ? out : 0));
         unit *columns = (unit *)(tiles + of_x + of_y);
         memset(own, 0, ((units ? (float *)columns : tiles) - own) * sizeof *own);
-        begin_units();
-        if (units) pack_factor(scaled, packed, rank, out);
+        if (units) {
+            begin_units();
+            pack_factor(scaled, packed, rank, out);
+        }
         struct share share = share_of(tokens, SOME);
         size step = units ? MANY : SOME;
         for (size from = share.from; from < share.until; from += step) {
@@ -442,8 +441,8 @@ void low_rank_backward(const number *x, const float *h, const number *dy, const 
         if (units) {
             rows_of_sums(tiles, own, rank, width);
             rows_of_sums(tiles + of_x, own + rank * width, rank, out);
+            end_units();
         }
-        end_units();
 #pragma omp barrier
         add_up(sums, each, dA, NULL, NULL, 1, rank * width, 1);
         add_up(sums + rank * width, each, dB, scales, NULL, rank, out, scale);

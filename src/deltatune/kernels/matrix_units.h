@@ -1,8 +1,13 @@
 /* Matrix units, which multiply 16 rows of 16 units each by as many rows of weights: registers 0 to 3 have sums here, and the
    others what is multiplied. A system has to let a process use them. */
 
-#if UNITS
-extern int32_t matrix_units; /* whether it does */
+#include "numbers.h"
+
+enum { DUO = 2 * LANES }; /* numbers in a row of a register */
+
+#if PAIRED && defined(__AMX_BF16__) && defined(__linux__)
+#define UNITS 1
+extern int32_t matrix_units; /* whether they can be used */
 
 /* What the compiler knows of memory is what the units read and write; it does not see that they do. */
 #define SETTLED __asm__ volatile("" ::: "memory")
@@ -23,6 +28,7 @@ INLINE void end_units(void)
     if (matrix_units) _tile_release();
 }
 #else
+#define UNITS 0
 enum { matrix_units = 0 };
 INLINE void begin_units(void) {}
 INLINE void end_units(void) {}

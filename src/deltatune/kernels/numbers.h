@@ -1,5 +1,7 @@
 /* Numbers of BITS bits, in vectors, and what the loops do with them. */
 
+#pragma once
+
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
@@ -220,15 +222,6 @@ typedef floats units;
 INLINE floats add_product(floats sums, unit one, units many) { return sums + one * many; }
 INLINE units paired(floats a, floats b) { return a; }
 INLINE void put(unit *row, size at, floats x) { memcpy(row + at, &x, sizeof x); }
-#endif
-
-/* Matrix units, which multiply 16 by 16 of them: a system has to let a process use these. */
-#if PAIRED && defined(__AMX_BF16__) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#define UNITS 1
-#else
-#define UNITS 0
 #endif
 
 /* 16 rows of 16 units become 16 columns. */

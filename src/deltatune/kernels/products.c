@@ -13,7 +13,7 @@ enum { WIDE = 4, PANEL = WIDE * LANES, TALL = 6, DEEP = 1 << 12, HIGH = 16, LINE
 
 /* Matrix units have registers of 16 rows, of 16 units of x each, or of weights, or of 16 sums. A tile is two by two of these,
    and panels are as wide; those of many columns are packed at once, a slab, so that x is read few times. */
-enum { DUO = 2 * LANES, SIDE = 2 * LANES, HALF = 8, SLAB = 1 << 18, BROAD = 1 << 10, PART = 640 };
+enum { SIDE = 2 * LANES, HALF = 8, SLAB = 1 << 18, BROAD = 1 << 10, PART = 640 };
 
 /* The weights are (out, inner), or where they are `turned` (inner, out): numbers, or where there are none codes. Where there are
    `scales`, one for each number of a row of x, they are multiplied by these. */
@@ -148,9 +148,6 @@ static void tall_tile(const struct tile *tile, const unit *panel, size wide, siz
 }
 
 #if UNITS
-int32_t matrix_units;
-__attribute__((constructor)) static void ask_for_units(void) { matrix_units = !syscall(SYS_arch_prctl, 0x1023, 18); }
-
 /* h·F beside the product, as if a row of x had more numbers: each of both is the sum of two numbers, and of their four
    products the three larger are added. */
 INLINE size beside_product(size padded) { return (3 * padded + DUO - 1) / DUO * DUO; }

@@ -128,7 +128,7 @@ def _without(piece: Piece, base: Base, length: int) -> str:
     if piece == "gelu":
         return "the model has none, or one of another form"
     if piece == "products":
-        return "PyTorch's are faster on this processor, or the model is not in bf16"
+        return "this processor multiplies no pairs of bf16, or the model is not in bf16"
     if piece == "rotations":
         return "the model has none that turn the halves of a head, or does more in the same function"
     if piece == "sharing":
